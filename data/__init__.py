@@ -1,0 +1,149 @@
+"""What every rung needs and no lesson is about: the flags, the corpus, batches from it.
+
+Token ids are NumPy uint16 arrays; a batch is windows cut at random places from one of them.
+"""
+
+import argparse
+import sys
+import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import field, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+
+SHAKESPEARE = Path(__file__).parent / "tinyshakespeare.txt"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+class InputError(ValueError):
+    """What the user typed can't work; the text says why, and the way out."""
+
+
+@contextmanager
+def clear_errors() -> Iterator[None]:
+    """Within it, what the user can mend ends in one line on standard error and status 2."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)  # what shells expect of a program ended by Ctrl-C
+    except (InputError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, InputError):
+            if "allocate" not in str(error):  # the one word in every device's "out of memory"
+                raise
+            error = "out of memory; try a smaller --batch_size, --block_size or --n_embd"
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def setting(full, small, text, least=1, below=2**31):
+    """A field of Config: its two defaults, its help text, and least <= value < below."""
+    return field(default=full, metadata=dict(small=small, text=text, least=least, below=below))
+
+
+def read_flags(config_class: type, lesson: str, argv: list[str] | None):
+    """A config_class from the flags in argv; the device decides which defaults fill the rest."""
+    parser = argparse.ArgumentParser(
+        usage=argparse.SUPPRESS,  # an error is one line then
+        description=lesson,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS,
+    )
+    for f in fields(config_class):
+        text = f"{f.metadata['text']} (default: {f.default!r}, on the CPU {f.metadata['small']!r})"
+        parser.add_argument(f"--{f.name}", type=f.type, help=text, metavar=f.type.__name__)
+    flags = vars(parser.parse_args(argv))
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    device = flags.setdefault("device", "cuda" if cuda else "mps" if mps else "cpu")
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise InputError(f"--device {device}: not on this machine; try --device cpu") from None
+    if device.startswith("cpu"):
+        flags = {f.name: f.metadata["small"] for f in fields(config_class)} | flags
+    cfg = config_class(**flags)
+    for f in fields(cfg):
+        value, least, below = getattr(cfg, f.name), f.metadata["least"], f.metadata["below"]
+        if f.type is not str and not least <= value < below:
+            raise InputError(f"--{f.name} {value}: must be at least {least} and below {below}")
+    return cfg
+
+
+class CharTokenizer:
+    """One token for each distinct character of a text, behind tiktoken's interface."""
+
+    def __init__(self, text: str) -> None:
+        self.characters = sorted(set(text) | {"\n"})  # a sample starts with a newline by default
+        self.n_vocab = len(self.characters)
+        self.ids = {character: i for i, character in enumerate(self.characters)}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text; raises InputError, with their names, for characters unknown."""
+        if unknown := sorted(set(text) - set(self.ids)):
+            names = ", ".join(map(repr, unknown))
+            raise InputError(f"--prompt: the corpus lacks {names}; use only what it contains")
+        return [self.ids[character] for character in text]
+
+    def decode(self, tokens: list[int]) -> str:
+        """The text that encode turns into tokens."""
+        return "".join(self.characters[token] for token in tokens)
+
+
+def load_text(name: str) -> str:
+    """The corpus "shakespeare" or "python", or the UTF-8 text file at a path; lines end in "\\n".
+
+    Raises InputError for a path that can't be read as text.
+    """
+    path = SHAKESPEARE if name == "shakespeare" else Path(name)
+    if name == "shakespeare" and not path.exists():
+        try:
+            torch.hub.download_url_to_file(URL, path, SHA256)
+        except Exception as error:  # whatever it was, the remedy is the same
+            print(
+                f"notice: could not download Tiny Shakespeare ({error}), so this run trains on "
+                f"Python's standard library. To mend it, save {URL} as {path}.",
+                file=sys.stderr,
+            )
+            name = "python"
+    if name == "python":
+        modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda m: m.name)
+        texts = (module.read_text(encoding="latin-1") for module in modules)
+        return "".join(text for text in texts if text.isascii())[:1_100_000]
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark Notepad puts first
+    except (OSError, UnicodeDecodeError) as error:
+        why = "a folder" if path.is_dir() else error
+        raise InputError(f"--data {name}: {why}; name a UTF-8 text file, or python") from None
+    if not text or "\0" in text:
+        raise InputError(f"--data {name}: empty or binary; name a UTF-8 text file, or python")
+    return text
+
+
+def split(tokens: list[int], block_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The first 90 % of tokens for training and the last 10 % for validation, both uint16.
+
+    Raises InputError where one of them is shorter than a window and its last target.
+    """
+    n, least = len(tokens), 10 * block_size + 1
+    if n < least:
+        raise InputError(
+            f"--data: {n:,} tokens are too few for --block_size {block_size}, which needs "
+            f"{least:,}; use a longer text or a smaller --block_size"
+        )
+    if max(tokens) > np.iinfo(np.uint16).max:
+        raise InputError("--data: more than 65,536 distinct characters; use another text")
+    array = np.array(tokens, dtype=np.uint16)  # (n,)
+    return array[: n * 9 // 10], array[n * 9 // 10 :]
+
+
+def get_batch(
+    tokens: np.ndarray, batch_size: int, block_size: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random windows of tokens and, one place later, their targets: int64 (B, T) on device."""
+    starts = torch.randint(len(tokens) - block_size, (batch_size, 1)).numpy()  # (B, 1)
+    windows = tokens[starts + np.arange(block_size + 1)].astype(np.int64)  # (B, T + 1)
+    windows = torch.from_numpy(windows).to(device)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]  # (B, T) and (B, T)

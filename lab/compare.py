@@ -1,0 +1,156 @@
+"""compare.py: train every rung under the same budget, and put the results side by side.
+
+Each rung gets the same corpus, settings and number of training tokens: max_iters batches of
+batch_size windows of block_size tokens. A rung that lacks a setting goes without it. The run of
+each is the one that its own command makes with the same flags, to the last digit.
+
+Run it:   python lab/compare.py
+          python lab/compare.py --rungs v4_feedforward,v5_gpt --data python --prompt "def "
+Writes:   compare.md, a table of losses, times and samples, and compare.png, the curves.
+"""
+
+import importlib
+import platform
+import sys
+import time
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the rungs are one folder up
+
+import matplotlib
+import numpy as np
+import torch
+from tqdm import tqdm
+
+import data
+import v5_gpt
+from data import setting
+from lab.ladder import PAIRS, RUNGS, changed_lines, whole_loss
+
+matplotlib.use("agg")  # a file, no window
+from matplotlib import pyplot as plt
+
+
+@dataclass
+class Config(v5_gpt.Config):
+    """The settings of the top rung, and what to compare."""
+
+    rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")
+    out: str = setting("lab", "lab", "folder for compare.md and compare.png")
+
+
+@dataclass
+class Result:
+    """What one rung came to: losses in nats, seconds of training with its loss estimates."""
+
+    rung: str
+    parameters: int
+    history: list[tuple[int, float, float]]
+    val_loss: float
+    seconds: float
+    sample: str
+
+
+def train_rung(
+    name: str, cfg: Config, tokenizer: data.CharTokenizer, train_data: np.ndarray,
+    val_data: np.ndarray,
+) -> Result:
+    """Train one rung and sample from it; val_loss is over the whole of val_data."""
+    rung = importlib.import_module(name)
+    values = asdict(cfg)
+    rung_cfg = rung.Config(**{field.name: values[field.name] for field in fields(rung.Config)})
+    torch.manual_seed(cfg.seed)
+    model = rung.LanguageModel(rung_cfg, tokenizer.n_vocab).to(cfg.device)
+    start = time.perf_counter()
+    history = rung.train(model, train_data, val_data, rung_cfg)
+    seconds = time.perf_counter() - start
+    model.eval()
+    prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+    sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
+    return Result(
+        rung=name,
+        parameters=sum(p.numel() for p in model.parameters()),
+        history=history,
+        val_loss=whole_loss(model, val_data, cfg.block_size, cfg.device),
+        seconds=seconds,
+        sample=tokenizer.decode(sample[0].tolist()),
+    )
+
+
+def table(results: list[Result], cfg: Config) -> str:
+    """The results in Markdown: how they were made, one row a rung, then the samples."""
+    tokens = cfg.max_iters * cfg.batch_size * cfg.block_size
+    on_gpu = cfg.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
+    before = {after: before for before, after in PAIRS}
+    settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in ("rungs", "out"))
+    lines = [
+        f"Each rung trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats: train, "
+        "the last estimate; validation, the whole split. Seconds and tokens/s are of training "
+        "with its loss estimates. Changed lines are against the rung before, without docstrings.",
+        "",
+        "| rung | parameters | train loss | validation loss | seconds | tokens/s | changed lines |",
+        "|---|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in results:
+        changed = changed_lines(before[result.rung], result.rung) if result.rung in before else "-"
+        lines.append(
+            f"| `{result.rung}.py` | {result.parameters:,} | {result.history[-1][1]:.4f} | "
+            f"{result.val_loss:.4f} | {result.seconds:.0f} | {tokens / result.seconds:,.0f} | "
+            f"{changed} |"
+        )
+    for result in results:
+        lines += ["", f"`{result.rung}.py`:", "", "```text", result.sample.strip("\n"), "```"]
+    return "\n".join(lines) + "\n"
+
+
+def draw(results: list[Result], path: Path) -> None:
+    """The loss curves of all results as a picture: validation solid, training dashed."""
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(results)))
+    for result, color in zip(results, colors, strict=True):
+        steps, train_losses, val_losses = zip(*result.history, strict=True)
+        axes.plot(steps, val_losses, color=color, label=f"{result.rung}  {result.val_loss:.3f}")
+        axes.plot(steps, train_losses, color=color, linestyle="--", linewidth=0.8)
+    # The fall from ln(V) in the first steps is much the same for all, and would hide the rest.
+    later = [loss for result in results for _, *losses in result.history[1:] for loss in losses]
+    if later:
+        axes.set_ylim(min(later) - 0.05, max(later) + 0.05)
+    axes.set_xlabel("training step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title("Validation loss (solid) and training loss (dashed)")
+    axes.grid(alpha=0.3)
+    axes.legend(title="rung, validation loss (whole split)")
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Compare the rungs as the flags in argv say; files are written anew after each rung."""
+    with data.clear_errors():
+        cfg = data.read_flags(Config, __doc__, argv)
+        names = cfg.rungs.split(",")
+        if unknown := [name for name in names if name not in RUNGS]:
+            raise data.InputError(f"--rungs: no {', '.join(unknown)}; there are {', '.join(RUNGS)}")
+        text = data.load_text(cfg.data)
+        tokenizer = data.CharTokenizer(text)
+        tokenizer.encode(cfg.prompt)  # a wrong prompt is to show before the training, not after
+        splits = data.split(tokenizer.encode(text), cfg.block_size)
+        out = Path(cfg.out)
+        results = []
+        for name in tqdm(names, desc="rungs"):
+            tqdm.write(f"{name}.py")
+            results.append(train_rung(name, cfg, tokenizer, *splits))
+            try:
+                out.mkdir(parents=True, exist_ok=True)
+                (out / "compare.md").write_text(table(results, cfg), encoding="utf-8")
+                draw(results, out / "compare.png")
+            except OSError as error:
+                raise data.InputError(f"--out {out}: can't write there ({error})") from None
+        print(table(results, cfg))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What the tests share: tiny settings, a small corpus, and a way to run a rung's main()."""
+
+import dataclasses
+import importlib
+from pathlib import Path
+
+import pytest
+
+import data
+from lab.ladder import RUNGS
+
+# All sizes differ, so that a swapped axis shows.
+TINY = {
+    "batch_size": 3,
+    "block_size": 5,
+    "n_embd": 12,
+    "n_head": 3,
+    "n_layer": 2,
+    "learning_rate": 1e-2,
+    "max_iters": 3,
+    "eval_interval": 2,
+    "eval_iters": 2,
+    "device": "cpu",
+    "max_new_tokens": 7,
+}
+TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
+VOCAB_SIZE = len(set(TEXT))
+
+
+def tiny(rung, **changes):
+    """The tiny Config of a rung; settings that the rung lacks are left out."""
+    names = {field.name for field in dataclasses.fields(rung.Config)}
+    values = TINY | {"dropout": 0.0} | changes
+    return rung.Config(**{name: value for name, value in values.items() if name in names})
+
+
+def tiny_flags(rung, **changes):
+    """The tiny settings of a rung as a command line."""
+    names = {field.name for field in dataclasses.fields(rung.Config)}
+    values = {name: value for name, value in (TINY | changes).items() if name in names}
+    return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(params=RUNGS)
+def rung(request):
+    """Each rung in turn, imported."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture(params=RUNGS[1:])
+def attention_rung(request):
+    """Each rung that has attention in turn, imported."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """A small text file."""
+    path = tmp_path / "corpus.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def splits():
+    """The small text as training and validation tokens for the tiny block size."""
+    return data.split(data.CharTokenizer(TEXT).encode(TEXT), TINY["block_size"])

@@ -1,0 +1,85 @@
+"""The comparison: the same runs as the rungs' own, in a table and a picture."""
+
+import re
+import subprocess
+import sys
+
+import matplotlib.image
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, VOCAB_SIZE, tiny, tiny_flags
+
+import data
+import v5_gpt
+from lab import compare
+from lab.ladder import ROOT, RUNGS, whole_loss
+
+
+def test_the_whole_loss_is_that_of_every_window_once():
+    tokenizer = data.CharTokenizer(TEXT)
+    tokens = np.array(tokenizer.encode(TEXT * 2), dtype=np.uint16)
+    model = v5_gpt.LanguageModel(tiny(v5_gpt), VOCAB_SIZE)
+    model.eval()
+    losses = []
+    for start in range(0, len(tokens) - 5, 5):
+        window = torch.from_numpy(tokens[start : start + 6].astype(np.int64))[None]
+        losses.append(model(window[:, :-1], window[:, 1:])[1].item())
+    assert len(losses) > 64  # more than one batch of windows, and the last batch not a full one
+    assert len(losses) % 64
+    model.train()
+    assert whole_loss(model, tokens, 5, "cpu") == pytest.approx(np.mean(losses), rel=1e-5)
+    assert model.training
+
+
+def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
+    flags = [*tiny_flags(v5_gpt), "--data", str(corpus), "--prompt", "The "]
+    command = [sys.executable, "lab/compare.py", *flags, "--out", str(tmp_path / "new" / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
+    assert done.returncode == 0, done.stderr
+    written = (tmp_path / "new" / "out" / "compare.md").read_text(encoding="utf-8")
+    assert written in done.stdout
+    rows = re.findall(r"^\| `(\w+)\.py` \|(.*)\|$", written, flags=re.MULTILINE)
+    assert [name for name, _ in rows] == RUNGS
+    assert f"on {3 * 3 * 5} tokens" in written
+
+    for rung in RUNGS:  # each run is the rung's own
+        names = {flag[2:] for flag in flags if flag.startswith("--")}
+        module = __import__(rung)
+        own = [*tiny_flags(module), "--data", str(corpus), "--prompt", "The "]
+        assert names >= {flag[2:] for flag in own if flag.startswith("--")}
+        module.main(own)
+        losses = [line for line in capsys.readouterr().out.splitlines() if line[:4] == "step"]
+        assert "\n".join(losses) in done.stdout
+
+    picture = matplotlib.image.imread(tmp_path / "new" / "out" / "compare.png")
+    assert picture.shape[:2] == (600, 960)
+    assert picture[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--rungs", "v5_gpt,v99"], "v99"),
+        (["--prompt", "é"], "--prompt"),
+        (["--n_head", "5"], "--n_head"),
+    ],
+)
+def test_bad_flags(corpus, tmp_path, capsys, flags, said):
+    common = [*tiny_flags(v5_gpt), "--rungs", "v5_gpt", "--data", str(corpus)]
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*common, "--out", str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_a_file(corpus, capsys):
+    common = [*tiny_flags(v5_gpt), "--rungs", "bigram", "--data", str(corpus)]
+    with pytest.raises(SystemExit) as stop:
+        compare.main([*common, "--out", str(corpus)])
+    assert stop.value.code == 2
+    assert f"--out {corpus}" in capsys.readouterr().err.splitlines()[-1]
+    assert corpus.read_text(encoding="utf-8") == TEXT

@@ -1,0 +1,147 @@
+"""The laws of the ladder: standalone, one lesson a diff, small diffs, importable, one shape."""
+
+import ast
+import subprocess
+import sys
+
+import pytest
+
+from lab.ladder import PAIRS, ROOT, RUNGS, changed_lines, source
+
+# The course at a glance. From each rung to the next: the lesson, the parts of the program that it
+# adds, the parts that it changes. Whatever is not named here is the same, byte for byte.
+COURSE = {
+    "v2_single_head": {
+        "lesson": "look back: every position picks what it needs from those before it",
+        "adds": ["Config.n_embd", "Head"],
+        "changes": [
+            "Config.learning_rate",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+            "LanguageModel.generate",
+        ],
+    },
+    "v3_multi_head": {
+        "lesson": "look for several things at once, then mix what was found",
+        "adds": ["Config.n_head", "MultiHeadAttention"],
+        "changes": ["LanguageModel.__init__"],
+    },
+    "v4_feedforward": {
+        "lesson": "think about what was gathered, each position for itself",
+        "adds": ["FeedForward"],
+        "changes": ["LanguageModel.__init__", "LanguageModel.forward"],
+    },
+    "v5_gpt": {
+        "lesson": "do both many times over, in blocks that can be stacked and still train",
+        "adds": ["Config.n_layer", "Config.dropout", "Block", "LanguageModel.init_weights"],
+        "changes": [
+            "Head.__init__",
+            "Head.forward",
+            "MultiHeadAttention.__init__",
+            "MultiHeadAttention.forward",
+            "FeedForward.__init__",
+            "FeedForward.forward",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+        ],
+    },
+}
+MOST_CHANGED_LINES = {"v2_single_head": 60, "v3_multi_head": 30, "v4_feedforward": 30, "v5_gpt": 60}
+MOST_LINES = {"data/__init__.py": 150, "v5_gpt.py": 240}
+
+
+def parts(rung: str) -> dict[str, str]:
+    """A rung cut into named parts, in order, each with the comments and blank lines above it.
+
+    A function is a part, and so is any other statement; a class is one for its head and one for
+    each member: "LanguageModel", "LanguageModel.forward", "Config.n_embd".
+    """
+    text = source(rung)
+    module = ast.parse(text)
+    starts = []  # (name, last line of the part)
+
+    def cut(node, prefix=""):
+        target = getattr(node, "target", None)
+        name = getattr(node, "name", None) or getattr(target, "id", None) or ast.unparse(node)
+        if isinstance(node, ast.ClassDef):
+            head = [n for n in node.body if isinstance(n, ast.Expr)]
+            starts.append((name, head[-1].end_lineno if head else node.lineno))
+            for member in node.body:
+                if member not in head:
+                    cut(member, f"{name}.")
+        else:
+            starts.append((prefix + name, node.end_lineno))
+
+    for node in module.body[1:]:
+        cut(node)
+    lines = text.splitlines(keepends=True)
+    named, begin = {}, module.body[0].end_lineno
+    for name, end in starts:
+        assert name not in named, f"{rung}: {name} is there twice"
+        named[name] = "".join(lines[begin:end])
+        begin = end
+    named["the end of the file"] = "".join(lines[begin:])
+    return named
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_the_diff_is_the_lesson_and_nothing_else(before, after):
+    old, new = parts(before), parts(after)
+    assert [name for name in old if name not in new] == [], "a lesson drops or renames nothing"
+
+    added = [name for name in new if name not in old]
+    whole = [name for name in added if name.split(".")[0] not in added or "." not in name]
+    assert whole == COURSE[after]["adds"]
+
+    assert [name for name in old if old[name] != new[name]] == COURSE[after]["changes"]
+    assert [name for name in new if name in old] == list(old), "what stays keeps its order"
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_diffs_are_small(before, after):
+    assert 0 < changed_lines(before, after) <= MOST_CHANGED_LINES[after]
+
+
+@pytest.mark.parametrize("name", MOST_LINES)
+def test_files_are_short(name):
+    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_a_rung_stands_alone(rung):
+    allowed = sys.stdlib_module_names | {"torch", "numpy", "tqdm", "data"}
+    for node in ast.walk(ast.parse(source(rung))):
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0
+            assert node.module.split(".")[0] in allowed
+        if isinstance(node, ast.Import):
+            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_every_rung_has_the_same_shape(rung):
+    module = ast.parse(source(rung))
+    names = [node.name for node in module.body if hasattr(node, "name")]
+    assert names[0] == "Config"
+    assert names[-4:] == ["LanguageModel", "estimate_loss", "train", "main"]
+    lesson = ast.get_docstring(module).splitlines()
+    assert lesson[0].startswith(f"{rung}.py: ")
+    assert 10 <= len(lesson) <= 20
+    assert f"python {rung}.py" in "\n".join(lesson)
+    assert any(line.startswith("Expect:") for line in lesson)
+
+
+@pytest.mark.parametrize("rung", RUNGS)
+def test_importing_a_rung_reads_no_corpus_and_prints_nothing(rung):
+    program = f"""
+import sys
+import data  # and with it torch, which opens files of its own
+opened = []
+sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
+import {rung}
+sys.exit([name for name in opened if not name.endswith((".py", ".pyc"))] or 0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,129 @@
+"""Every shape comment holds: the rungs run under a tracer that reads the comments."""
+
+import ast
+import io
+import re
+import sys
+import tokenize
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, VOCAB_SIZE, tiny_flags
+
+import data
+
+SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
+
+
+def shape_comments(text: str) -> dict[int, list[str]]:
+    """Line number -> the shapes that the comment at its end claims."""
+    comments = {}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.COMMENT and (match := SHAPE.match(token.string)):
+            comments[token.start[0]] = [shape for shape in match.groups() if shape]
+    return comments
+
+
+def statements(text: str) -> dict[int, ast.stmt]:
+    """Line number -> the assignment or return statement that is on it."""
+    kinds = (ast.Assign, ast.Return)
+    return {node.lineno: node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)}
+
+
+class ShapeTracer:
+    """Checks, line by line as one file runs, that what a line made has the shape it claims."""
+
+    def __init__(self, path: str) -> None:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        self.path = path
+        self.claims = shape_comments(text)
+        self.statements = statements(text)
+        self.checked = set()
+        self.wrong = []
+
+    def __call__(self, frame, event, arg):
+        if frame.f_code.co_filename != self.path or frame.f_code.co_name.startswith("<"):
+            return None
+        pending = None  # the line that is running, with the sizes known before it ran
+
+        def trace_lines(frame, event, arg):
+            nonlocal pending
+            if pending and event in ("line", "return"):
+                self.check(*pending, frame.f_locals, arg)
+            pending = (frame.f_lineno, self.sizes(frame.f_locals))
+            return trace_lines
+
+        return trace_lines
+
+    def sizes(self, names) -> dict[str, int]:
+        """What the letters and names in the comments stand for at this point of the run."""
+        known = {"B": TINY["batch_size"], "T": TINY["block_size"], "V": VOCAB_SIZE, "min": min}
+        known |= {name: value for name, value in TINY.items() if isinstance(value, int)}
+        known |= {name: value for name, value in names.items() if type(value) is int}
+        for name in ("idx", "x", "prompt"):
+            if isinstance(names.get(name), torch.Tensor):
+                known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
+                break
+        return known
+
+    def check(self, line, sizes, names, returned):
+        if line not in self.claims or line not in self.statements:
+            return
+        node = self.statements[line]
+        if isinstance(node, ast.Return):
+            values = list(returned) if isinstance(returned, tuple) else [returned]
+        else:
+            target = node.targets[0]
+            targets = target.elts if isinstance(target, ast.Tuple) else [target]
+            kept = [t for t in targets if not (isinstance(t, ast.Name) and t.id == "_")]
+            values = [eval(ast.unparse(t), {}, dict(names)) for t in kept]
+        values = [v.weight if isinstance(v, torch.nn.Module) else v for v in values]
+        claims = self.claims[line] * (len(values) if len(self.claims[line]) == 1 else 1)
+        for value, claim in zip(values, claims, strict=True):
+            if tuple(value.shape) != eval(claim, sizes):
+                self.wrong.append(f"line {line} claims {claim}, made {tuple(value.shape)}")
+        self.checked.add(line)
+
+
+def run_traced(path, run) -> ShapeTracer:
+    tracer = ShapeTracer(path)
+    sys.settrace(tracer)
+    try:
+        run()
+    finally:
+        sys.settrace(None)
+    return tracer
+
+
+def test_shape_comments_of_a_rung(rung, corpus):
+    flags = [*tiny_flags(rung, prompt="The q"), "--data", str(corpus)]
+    tracer = run_traced(rung.__file__, lambda: rung.main(flags))
+    assert tracer.wrong == []
+    assert tracer.checked == set(tracer.claims), "a shape comment on a line that never ran"
+    assert len(tracer.checked) >= 9
+
+
+def test_shape_comments_of_the_helper(splits):
+    size = (TINY["batch_size"], TINY["block_size"])
+    tokens = splits[0].tolist()
+
+    def run():
+        data.split(tokens, TINY["block_size"])
+        data.get_batch(splits[0], *size, "cpu")
+
+    tracer = run_traced(data.__file__, run)
+    assert tracer.wrong == []
+    assert tracer.checked == set(tracer.claims)
+    assert len(tracer.checked) >= 5
+
+
+@pytest.mark.parametrize("claim", ["(3, T)", "(B, T + 1)", "(B,)"])
+def test_a_wrong_comment_is_found(tmp_path, claim):
+    path = tmp_path / "wrong.py"
+    path.write_text(f"def f(x):\n    y = x + x  # {claim}\n    return y\n", encoding="utf-8")
+    scope = {}
+    exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
+    tracer = run_traced(str(path), lambda: scope["f"](torch.from_numpy(np.zeros((2, 4)))))
+    assert len(tracer.wrong) == 1

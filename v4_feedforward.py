@@ -1,0 +1,202 @@
+"""v4_feedforward.py: a feed-forward network after the attention.
+
+Attention carries information between positions, but all it makes of it is weighted sums. The
+feed-forward network works on what each position has gathered: it widens the vector to four times
+its size, zeroes what is negative, and narrows it again, the same way at every position.
+
+    x = relu(x expansion) projection
+
+New here: FeedForward.
+Run it:   python v4_feedforward.py
+Expect:   @V4@
+"""
+
+import math
+import sys
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import data
+from data import setting
+
+
+@dataclass
+class Config:
+    """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
+
+    # the first two values are the defaults: full size, and small for the CPU
+    batch_size: int = setting(64, 16, "windows in a batch")
+    block_size: int = setting(256, 64, "longest context, in tokens")
+    n_embd: int = setting(384, 128, "width: numbers in the vector of a token")
+    n_head: int = setting(6, 4, "attention heads side by side, each n_embd / n_head wide")
+    learning_rate: float = setting(3e-4, 2e-3, "step size of AdamW", 1e-9, 1)
+    max_iters: int = setting(5000, 4000, "training steps", 0)
+    eval_interval: int = setting(500, 500, "steps between two loss estimates")
+    eval_iters: int = setting(200, 50, "batches in a loss estimate")
+    seed: int = setting(1337, 1337, "where the random numbers start", 0)
+    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
+    data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
+    prompt: str = setting("\n", "\n", "what the sample starts with")
+    max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
+
+
+class Head(nn.Module):
+    """One head of causal self-attention (Vaswani et al. 2017, section 3.2.1).
+
+    (B, T, n_embd) -> (B, T, head_size), both float: softmax(query key^T / sqrt(head_size)) value.
+    """
+
+    def __init__(self, cfg: Config, head_size: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
+        self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
+        self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
+        ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
+        # a constant, not a weight: it moves to the device with the model but is never saved
+        self.register_buffer("future", ones.triu(diagonal=1).bool(), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        T, head_size = x.shape[1], self.key.out_features
+        query, key, value = self.query(x), self.key(x), self.value(x)  # (B, T, head_size) each
+        scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
+        scores = scores.masked_fill(self.future[:T, :T], -math.inf)  # (B, T, T)
+        weights = F.softmax(scores, dim=-1)  # (B, T, T)
+        return weights @ value  # (B, T, head_size)
+
+
+class MultiHeadAttention(nn.Module):
+    """n_head heads side by side and a projection (Vaswani et al. 2017, section 3.2.2).
+
+    (B, T, n_embd) -> (B, T, n_embd), both float. Raises data.InputError where n_head does not
+    divide n_embd.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.n_embd % cfg.n_head:
+            raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
+        self.heads = nn.ModuleList(Head(cfg, cfg.n_embd // cfg.n_head) for _ in range(cfg.n_head))
+        self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([head(x) for head in self.heads], dim=-1)  # (B, T, n_embd)
+        return self.projection(x)  # (B, T, n_embd)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a ReLU, at each position alone (Vaswani et al. 2017, section 3.3).
+
+    (B, T, n_embd) -> (B, T, n_embd), both float.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.projection = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.expansion(x))  # (B, T, 4 * n_embd)
+        return self.projection(x)  # (B, T, n_embd)
+
+
+class LanguageModel(nn.Module):
+    """From each token and those before it, logits of the token that comes next."""
+
+    def __init__(self, cfg: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.block_size = cfg.block_size
+        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.attention = MultiHeadAttention(cfg)
+        self.feed_forward = FeedForward(cfg)
+        self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """int64 token ids and targets (B, T) -> float logits (B, T, V), mean loss () in nats."""
+        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
+        x = self.attention(x)  # (B, T, n_embd)
+        x = self.feed_forward(x)  # (B, T, n_embd)
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Continue token ids idx, int64 (B, T); returns them as (B, T + max_new_tokens)."""
+        for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
+            logits, _ = self(idx[:, -self.block_size :])  # (B, min(T, block_size), V)
+            probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
+            next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+        return idx
+
+
+@torch.no_grad()
+def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
+    """Mean loss, in nats, of the model in eval mode over eval_iters random batches of tokens."""
+    model.eval()
+    losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
+    for i in range(cfg.eval_iters):
+        x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
+        _, losses[i] = model(x, y)
+    model.train()
+    return losses.mean().item()
+
+
+def train(
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
+) -> list[tuple[int, float, float]]:
+    """Fit the model to train_data; returns the history: (step, train loss, validation loss)."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
+    history = []
+    with tqdm(total=cfg.max_iters, desc="training") as bar:
+        for step in range(cfg.max_iters + 1):
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
+                history.append((step, train_loss, val_loss))
+                tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
+                if not math.isfinite(train_loss + val_loss):
+                    raise data.InputError("the loss is not finite; try a smaller --learning_rate")
+            if step == cfg.max_iters:
+                break
+            x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)
+            _, loss = model(x, y)  # ()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            bar.update()
+    return history
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
+    with data.clear_errors():
+        cfg = data.read_flags(Config, __doc__, argv)
+        torch.manual_seed(cfg.seed)
+        text = data.load_text(cfg.data)
+        tokenizer = data.CharTokenizer(text)
+        prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+        model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        size = "small" if cfg.device.startswith("cpu") else "full-size"
+        print(f"{size} defaults, {n_parameters:,} parameters: {cfg}", file=sys.stderr)
+        train(model, train_data, val_data, cfg)
+        model.eval()
+        sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
+        print(tokenizer.decode(sample[0].tolist()))
+
+
+if __name__ == "__main__":
+    main()
