@@ -12,7 +12,8 @@ New here: all that is around the model and stays on every later rung. The text b
 nine tenths train, one tenth validates; random batches, AdamW, loss estimates, and a sample.
 Run it:   python bigram.py
           python bigram.py --prompt "ROMEO:" --max_new_tokens 200
-Expect:   @BIGRAM@
+Expect:   a validation loss of about 2.49 after the small run. No table gets far below 2.45,
+          the entropy of a character of Shakespeare when the one before it is known.
 """
 
 import math
@@ -34,12 +35,12 @@ class Config:
     """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
 
     # the first two values are the defaults: full size, and small for the CPU
-    batch_size: int = setting(64, 16, "windows in a batch")
+    batch_size: int = setting(64, 24, "windows in a batch")
     block_size: int = setting(256, 64, "longest context, in tokens")
     learning_rate: float = setting(1e-2, 2e-3, "step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 4000, "training steps", 0)
-    eval_interval: int = setting(500, 500, "steps between two loss estimates")
-    eval_iters: int = setting(200, 50, "batches in a loss estimate")
+    max_iters: int = setting(5000, 3600, "training steps", 0)
+    eval_interval: int = setting(500, 400, "steps between two loss estimates")
+    eval_iters: int = setting(200, 25, "batches in a loss estimate")
     seed: int = setting(1337, 1337, "where the random numbers start", 0)
     device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
     data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")

@@ -6,13 +6,14 @@ each weighted by how well that one's key fits its query:
 
     attention = softmax(query key^T / sqrt(head_size)) value
 
-Without the root, scores grow with head_size, and softmax would pick one position and learn no
-more. Attention has no sense of order, so a learned vector for the position joins the token's.
+Without the root, the scores of a wide head are large from the start; softmax then picks single
+positions and hardly learns. Attention knows no order, so each position has a vector of its own,
+added to the token's.
 
-New here: Head, position_embedding, lm_head; generate crops the context to block_size. Attention
-does not survive the table's large steps: at full size, learning_rate falls to v5's.
+New here: Head, position_embedding, lm_head; generate crops the context to block_size. The wide
+vectors of full size learn faster in smaller steps than a table does: learning_rate falls.
 Run it:   python v2_single_head.py
-Expect:   @V2@
+Expect:   a validation loss of about 2.35 after the small run; bigram.py reaches 2.49.
 """
 
 import math
@@ -34,13 +35,13 @@ class Config:
     """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
 
     # the first two values are the defaults: full size, and small for the CPU
-    batch_size: int = setting(64, 16, "windows in a batch")
+    batch_size: int = setting(64, 24, "windows in a batch")
     block_size: int = setting(256, 64, "longest context, in tokens")
-    n_embd: int = setting(384, 128, "width: numbers in the vector of a token")
+    n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
     learning_rate: float = setting(3e-4, 2e-3, "step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 4000, "training steps", 0)
-    eval_interval: int = setting(500, 500, "steps between two loss estimates")
-    eval_iters: int = setting(200, 50, "batches in a loss estimate")
+    max_iters: int = setting(5000, 3600, "training steps", 0)
+    eval_interval: int = setting(500, 400, "steps between two loss estimates")
+    eval_iters: int = setting(200, 25, "batches in a loss estimate")
     seed: int = setting(1337, 1337, "where the random numbers start", 0)
     device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
     data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")

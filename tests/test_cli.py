@@ -64,7 +64,7 @@ def test_the_cpu_gets_the_small_defaults(rung):
     for device in ("cpu", "cpu:0"):
         cfg = data.read_flags(rung.Config, rung.__doc__, ["--device", device, "--max_iters", "9"])
         assert cfg.max_iters == 9
-        assert cfg.batch_size == 16 < rung.Config().batch_size
+        assert cfg.batch_size == 24 < rung.Config().batch_size
         assert cfg.device == device
 
 

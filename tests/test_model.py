@@ -26,7 +26,7 @@ def build(rung, **changes):
 def shaken(model):
     """The model with every parameter at a random value, so that no zero hides a mistake."""
     for parameter in model.parameters():
-        torch.nn.init.normal_(parameter)
+        torch.nn.init.normal_(parameter, std=0.3)
     return model
 
 
@@ -137,10 +137,10 @@ def test_heads_are_those_of_torch(name):
     mask = torch.ones(5, 5).triu(1).bool()
     expected, _ = theirs(x_theirs, x_theirs, x_theirs, attn_mask=mask)
     actual = ours(x_ours)
-    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, expected)
     actual.square().sum().backward()
     expected.square().sum().backward()
-    torch.testing.assert_close(x_ours.grad, x_theirs.grad, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(x_ours.grad, x_theirs.grad)
 
 
 def test_feed_forward_works_on_each_position_alone():
@@ -230,21 +230,16 @@ def test_generation_follows_the_probabilities():
 
 
 def test_a_rung_overfits_one_small_batch(rung):
-    """Four windows whose continuations the rung can tell apart: it learns them by heart."""
+    """Two windows in which no token is there twice, so that even a table can know them by heart."""
     torch.manual_seed(3)
-    model = rung.LanguageModel(tiny(rung, n_embd=48), VOCAB_SIZE)
-    x = torch.stack([torch.randperm(20)[:5] for _ in range(4)])
-    if rung.__name__ == "bigram":
-        x = torch.arange(20).view(4, 5)  # a table needs a different token at each place
-    y = random_tokens(4, 5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    for _ in range(1000):
+    model = rung.LanguageModel(tiny(rung), VOCAB_SIZE)
+    x, y = torch.arange(10).view(2, 5), random_tokens(2, 5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    for _ in range(800):
         _, loss = model(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if loss.item() < 0.05:
-            break
     assert loss.item() < 0.05
 
 

@@ -1,0 +1,70 @@
+"""The README and the lessons say what is so: commands that parse, counts that are true."""
+
+import ast
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+
+import data
+from lab.ladder import PAIRS, ROOT, RUNGS, changed_lines, source
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMPARISON = (ROOT / "lab" / "compare.md").read_text(encoding="utf-8")
+LESSONS = "\n".join(ast.get_docstring(ast.parse(source(rung))) for rung in RUNGS)
+COMMAND = re.compile(r"^.*?\bpython ((?:v\d_)?\w+\.py[^\n`]*)", re.M)
+COMMANDS = sorted(set(COMMAND.findall(README + "\n" + LESSONS)))
+
+
+def small_model(name):
+    """A rung's model with the defaults of the CPU and the characters of Shakespeare, no memory."""
+    rung = importlib.import_module(name)
+    cfg = data.read_flags(rung.Config, "", ["--device", "cpu"])
+    with torch.device("meta"):
+        return rung.LanguageModel(cfg, 65)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_flags_that_exist(command):
+    script, *flags = shlex.split(command.split("#")[0])
+    rung = importlib.import_module(script.removesuffix(".py"))
+    if flags != ["--help"]:
+        data.read_flags(rung.Config, "", ["--device", "cpu", *flags])
+
+
+def test_there_are_commands_for_every_rung():
+    assert {command.split(".py")[0] for command in COMMANDS} == set(RUNGS)
+
+
+@pytest.mark.parametrize(("before", "after"), PAIRS)
+def test_every_diff_has_its_command(before, after):
+    assert f"git diff --no-index {before}.py {after}.py" in README
+
+
+@pytest.mark.parametrize("text", [README, COMPARISON], ids=["README", "compare.md"])
+@pytest.mark.parametrize("name", RUNGS)
+def test_the_comparison_counts_right(text, name):
+    rows = re.findall(rf"^\| `{name}\.py` \| ([\d,]+) \|.*\| ([\d-]+) \|$", text, re.M)
+    before = {after: before for before, after in PAIRS}
+    changed = str(changed_lines(before[name], name)) if name in before else "-"
+    parameters = sum(p.numel() for p in small_model(name).parameters())
+    assert rows == [(f"{parameters:,}", changed)]
+
+
+def test_the_readme_has_the_comparison_as_it_was_written():
+    table, *samples = COMPARISON.strip().split("\n\n`")
+    assert table.splitlines()[-1] in README
+    for sample in samples:
+        assert sample in README
+
+
+def test_losses_fall_from_rung_to_rung():
+    """In the comparison as it was run for the README, on the whole validation split."""
+    losses = re.findall(r"^\| `\w+\.py` \| [\d,]+ \| [\d.]+ \| ([\d.]+) \|", COMPARISON, re.M)
+    losses = [float(loss) for loss in losses]
+    assert len(losses) == len(RUNGS)
+    assert losses == sorted(losses, reverse=True)
+    assert len(set(losses)) == len(RUNGS)
+    assert losses[-1] <= 1.70
