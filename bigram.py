@@ -117,7 +117,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
-    with data.clear_errors():
+    with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
         text = data.load_text(cfg.data)

@@ -57,14 +57,14 @@ class Head(nn.Module):
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
-        # a constant, not a weight: it moves to the device with the model but is never saved
-        self.register_buffer("future", ones.triu(diagonal=1).bool(), persistent=False)
+        # True where a key lies after the query; a constant, not a weight, so it is not saved
+        self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T, head_size = x.shape[1], self.key.out_features
         query, key, value = self.query(x), self.key(x), self.value(x)  # (B, T, head_size) each
         scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
-        scores = scores.masked_fill(self.future[:T, :T], -math.inf)  # (B, T, T)
+        scores = scores.masked_fill(self.mask[:T, :T], -math.inf)  # (B, T, T)
         weights = F.softmax(scores, dim=-1)  # (B, T, T)
         return weights @ value  # (B, T, head_size)
 
@@ -181,7 +181,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
-    with data.clear_errors():
+    with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
         text = data.load_text(cfg.data)

@@ -1,5 +1,4 @@
 """What every rung needs and no lesson is about: the flags, the corpus, batches from it.
-
 Token ids are NumPy uint16 arrays; a batch is windows cut at random places from one of them.
 """
 
@@ -10,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,8 +24,10 @@ class InputError(ValueError):
 
 
 @contextmanager
-def clear_errors() -> Iterator[None]:
+def command_line() -> Iterator[None]:
     """Within it, what the user can mend ends in one line on standard error and status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # each line at once, in any encoding; not in a notebook
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         yield
     except KeyboardInterrupt:
@@ -39,25 +41,25 @@ def clear_errors() -> Iterator[None]:
         sys.exit(2)
 
 
-def setting(full, small, text, least=1, below=2**31):
+def setting(full: Any, small: Any, text: str, least: float = 1, below: float = 2**31) -> Any:
     """A field of Config: its two defaults, its help text, and least <= value < below."""
     return field(default=full, metadata=dict(small=small, text=text, least=least, below=below))
 
 
-def read_flags(config_class: type, lesson: str, argv: list[str] | None):
+def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
     """A config_class from the flags in argv; the device decides which defaults fill the rest."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is one line then
+        argument_default=argparse.SUPPRESS,
         description=lesson,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS,
     )
     for f in fields(config_class):
         text = f"{f.metadata['text']} (default: {f.default!r}, on the CPU {f.metadata['small']!r})"
         parser.add_argument(f"--{f.name}", type=f.type, help=text, metavar=f.type.__name__)
     flags = vars(parser.parse_args(argv))
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    device = flags.setdefault("device", "cuda" if cuda else "mps" if mps else "cpu")
+    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = flags.setdefault("device", "cuda" if torch.cuda.is_available() else best)
     try:
         torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):
@@ -82,9 +84,8 @@ class CharTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text; raises InputError, with their names, for characters unknown."""
-        if unknown := sorted(set(text) - set(self.ids)):
-            names = ", ".join(map(repr, unknown))
-            raise InputError(f"--prompt: the corpus lacks {names}; use only what it contains")
+        if unknown := ", ".join(map(repr, sorted(set(text) - set(self.ids)))):
+            raise InputError(f"--prompt: the corpus lacks {unknown}; use only what it contains")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens: list[int]) -> str:
@@ -110,7 +111,7 @@ def load_text(name: str) -> str:
             name = "python"
     if name == "python":
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda m: m.name)
-        texts = (module.read_text(encoding="latin-1") for module in modules)
+        texts = [module.read_text(encoding="latin-1") for module in modules]
         return "".join(text for text in texts if text.isascii())[:1_100_000]
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark Notepad puts first

@@ -129,7 +129,7 @@ def draw(results: list[Result], path: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Compare the rungs as the flags in argv say; files are written anew after each rung."""
-    with data.clear_errors():
+    with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         names = cfg.rungs.split(",")
         if unknown := [name for name in names if name not in RUNGS]:

@@ -198,7 +198,7 @@ def test_a_loss_that_is_not_finite(rung, capsys, corpus, monkeypatch):
 
 
 def test_mistakes_in_the_program_are_not_hidden():
-    with pytest.raises(RuntimeError, match="a mistake"), data.clear_errors():
+    with pytest.raises(RuntimeError, match="a mistake"), data.command_line():
         raise RuntimeError("a mistake")
 
 
@@ -208,6 +208,15 @@ def test_bad_input_on_a_real_command_line(rung, tmp_path):
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: --data {tmp_path / 'missing.txt'}: ")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_console_without_the_characters_of_the_corpus(rung, tmp_path):
+    path = tmp_path / "corpus.txt"
+    path.write_text("Жили-были дед да баба.\n" * 20, encoding="utf-8")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = run(rung, *tiny_flags(rung), "--data", path, "--prompt", "дед", env=environment)
+    assert done.returncode == 0, done.stderr
+    assert "???" in done.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
