@@ -4,16 +4,18 @@ Each position makes three vectors from its own: a query, what it looks for; a ke
 found by; a value, what it has to give. It takes in the values of the positions up to its own,
 each weighted by how well that one's key fits its query:
 
-    attention = softmax(query key^T / sqrt(head_size)) value
+    attention = softmax(mask(query key^T / sqrt(head_size))) value
 
 Without the root, the scores of a wide head are large from the start; softmax then picks single
-positions and hardly learns. Attention knows no order, so each position has a vector of its own,
-added to the token's.
+positions and hardly learns. In training all positions of a window predict at once, and what one
+is to predict, the next one has as input. So the head is causal: the mask sets the scores of later
+positions to -infinity, which softmax turns into 0. Attention knows no order of positions; each
+has a vector of its own, added to the token's.
 
-New here: Head, position_embedding, lm_head; generate crops the context to block_size. The wide
-vectors of full size learn faster in smaller steps than a table does: learning_rate falls.
+New here: Head, position_embedding, lm_head; generate crops the context to block_size. At full
+size, attention needs smaller steps than a table: learning_rate falls.
 Run it:   python v2_single_head.py
-Expect:   a validation loss of about 2.35 after the small run; bigram.py reaches 2.49.
+Expect:   a validation loss of about 2.35 after the small run; bigram.py reaches 2.50.
 """
 
 import math
@@ -32,7 +34,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
+    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+
+    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    """
 
     # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
@@ -61,7 +66,7 @@ class Head(nn.Module):
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
-        # True where a key lies after the query; a constant, not a weight, so it is not saved
+        # True where a key lies after the query. Like the weights, a buffer moves to the device.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -110,7 +115,7 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Mean loss, in nats, of the model in eval mode over eval_iters random batches of tokens."""
+    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
     model.eval()
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):

@@ -1,14 +1,15 @@
 """v3_multi_head.py: several heads of self-attention, side by side.
 
 One head has one set of weights over the past, so it can look for one thing at a time. n_head
-heads of n_embd / n_head each look for as many, at the same cost: their outputs, one after the
-other, are as wide as that of a single head was. A projection then mixes what they found.
+heads of n_embd / n_head each look for as many, with no more queries, keys and values to learn:
+their outputs, concatenated, are as wide as that of the single head was. A projection, the only
+new weights, mixes what they found.
 
     x = concatenate(head_1(x), ..., head_n(x)) projection
 
 New here: MultiHeadAttention in the place of the one Head.
 Run it:   python v3_multi_head.py
-Expect:   a validation loss of about 2.08 after the small run; v2_single_head.py reaches 2.35.
+Expect:   a validation loss of about 2.10 after the small run; v2_single_head.py reaches 2.35.
 """
 
 import math
@@ -27,7 +28,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
+    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+
+    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    """
 
     # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
@@ -57,7 +61,7 @@ class Head(nn.Module):
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
-        # True where a key lies after the query; a constant, not a weight, so it is not saved
+        # True where a key lies after the query. Like the weights, a buffer moves to the device.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -125,7 +129,7 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Mean loss, in nats, of the model in eval mode over eval_iters random batches of tokens."""
+    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
     model.eval()
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):

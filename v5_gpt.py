@@ -2,16 +2,17 @@
 
 Later blocks work on what earlier ones found. Three things let such a stack train. Residual
 connections: each part adds to its input, so the gradient has a direct way to every layer.
-LayerNorm before each part: what goes in has mean 0 and variance 1, however much was added.
-Small initial weights: normal, with deviation 0.02. A fourth, dropout, keeps a large model from
-learning its text by heart: in training, a random share of activations is zeroed.
+LayerNorm before each part and before lm_head: it brings the n_embd numbers of each position to
+mean 0 and variance 1, however much was added, then scales and shifts them as learned. Small
+initial weights: normal, with standard deviation 0.02. A fourth, dropout, keeps a large model
+from learning its text by heart: in training, a random share of activations is zeroed.
 
     x = x + attention(LayerNorm(x))
     x = x + feed_forward(LayerNorm(x))
 
-New here: Block, n_layer, dropout, init_weights.
+New here: Block with its residual connections and LayerNorms, ln_f, n_layer, dropout, init_weights.
 Run it:   python v5_gpt.py
-Expect:   a validation loss of about 1.67 after the small run; v4_feedforward.py reaches 1.83.
+Expect:   a validation loss of about 1.68 after the small run; v4_feedforward.py reaches 1.84.
 """
 
 import math
@@ -30,7 +31,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8."""
+    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+
+    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    """
 
     # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
@@ -63,7 +67,7 @@ class Head(nn.Module):
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
-        # True where a key lies after the query; a constant, not a weight, so it is not saved
+        # True where a key lies after the query. Like the weights, a buffer moves to the device.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,9 +117,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each normed before and added after (Radford et al. 2019, 2.3).
+    """Attention, then feed-forward: each normed before it and added after it.
 
-    (B, T, n_embd) -> (B, T, n_embd), both float.
+    (B, T, n_embd) -> (B, T, n_embd), both float. The order is that of Radford et al. 2019,
+    section 2.3.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -144,7 +149,7 @@ class LanguageModel(nn.Module):
         self.apply(self.init_weights)
 
     def init_weights(self, module: nn.Module) -> None:
-        """Start weights of one layer at a normal of deviation 0.02, biases at zero (GPT-1, 4.1)."""
+        """Draw weights from N(0, 0.02^2), zero biases (Radford et al. 2018, section 4.1)."""
         if isinstance(module, nn.Linear | nn.Embedding):
             nn.init.normal_(module.weight, std=0.02)
         if isinstance(module, nn.Linear) and module.bias is not None:
@@ -176,7 +181,7 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Mean loss, in nats, of the model in eval mode over eval_iters random batches of tokens."""
+    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
     model.eval()
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):

@@ -34,7 +34,7 @@ def command_line() -> Iterator[None]:
         sys.exit(130)  # what shells expect of a program ended by Ctrl-C
     except (InputError, MemoryError, RuntimeError) as error:
         if not isinstance(error, InputError):
-            if "allocate" not in str(error):  # the one word in every device's "out of memory"
+            if "allocate" not in str(error):  # the word that CPU, CUDA and MPS all use
                 raise
             error = "out of memory; try a smaller --batch_size, --block_size or --n_embd"
         print(f"error: {error}", file=sys.stderr)
@@ -75,7 +75,7 @@ def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
 
 
 class CharTokenizer:
-    """One token for each distinct character of a text, behind tiktoken's interface."""
+    """One token for each distinct character of a text; its methods are named as tiktoken's."""
 
     def __init__(self, text: str) -> None:
         self.characters = sorted(set(text) | {"\n"})  # a sample starts with a newline by default

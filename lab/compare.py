@@ -6,7 +6,7 @@ each is the one that its own command makes with the same flags, to the last digi
 
 Run it:   python lab/compare.py
           python lab/compare.py --rungs v4_feedforward,v5_gpt --data python --prompt "def "
-Writes:   compare.md, a table of losses, times and samples, and compare.png, the curves.
+Writes:   lab/out/compare.md, a table of losses and times and samples, and compare.png, the curves.
 """
 
 import importlib
@@ -37,7 +37,7 @@ class Config(v5_gpt.Config):
     """The settings of the top rung, and what to compare."""
 
     rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")
-    out: str = setting("lab", "lab", "folder for compare.md and compare.png")
+    out: str = setting("lab/out", "lab/out", "folder for compare.md and compare.png")
 
 
 @dataclass

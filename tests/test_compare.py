@@ -41,7 +41,7 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
     assert written in done.stdout
     rows = re.findall(r"^\| `(\w+)\.py` \|(.*)\|$", written, flags=re.MULTILINE)
     assert [name for name, _ in rows] == RUNGS
-    assert f"on {3 * 3 * 5} tokens" in written
+    assert f"on {3 * 4 * 5} tokens" in written
 
     for rung in RUNGS:  # each run is the rung's own
         names = {flag[2:] for flag in flags if flag.startswith("--")}

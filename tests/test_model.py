@@ -106,9 +106,10 @@ def test_v5_starts_with_small_weights():
             assert not module.bias.any()
 
 
-def test_a_head_is_scaled_dot_product_attention():
+@pytest.mark.parametrize("head_size", [1, 7, 18])
+def test_a_head_is_scaled_dot_product_attention(head_size):
     cfg = tiny(v2_single_head)
-    head = shaken(v2_single_head.Head(cfg, head_size=4))
+    head = shaken(v2_single_head.Head(cfg, head_size))
     x = torch.randn(2, 5, cfg.n_embd)
     expected = F.scaled_dot_product_attention(
         head.query(x), head.key(x), head.value(x), is_causal=True
@@ -146,9 +147,17 @@ def test_heads_are_those_of_torch(name):
 def test_feed_forward_works_on_each_position_alone():
     rung = importlib.import_module("v4_feedforward")
     part = shaken(rung.FeedForward(tiny(rung)))
-    x = torch.randn(1, 5, 12)
+    x = torch.randn(1, 5, 18)
     torch.testing.assert_close(part(x)[:, 2:3], part(x[:, 2:3]))
-    assert part.expansion.weight.shape == (48, 12)
+    assert part.expansion.weight.shape == (72, 18)
+
+
+@pytest.mark.parametrize("name", ["v4_feedforward", "v5_gpt"])
+def test_feed_forward_is_two_layers_around_a_relu(name):
+    rung = importlib.import_module(name)
+    part = shaken(rung.FeedForward(tiny(rung)))
+    x = torch.randn(1, 5, 18)
+    torch.testing.assert_close(part(x), part.projection(part.expansion(x).clamp(min=0)))
 
 
 def test_a_block_adds_to_its_input():
@@ -157,15 +166,22 @@ def test_a_block_adds_to_its_input():
     torch.nn.init.zeros_(block.attention.projection.bias)
     torch.nn.init.zeros_(block.feed_forward.projection.weight)
     torch.nn.init.zeros_(block.feed_forward.projection.bias)
-    x = torch.randn(2, 5, 12)
+    x = torch.randn(2, 5, 18)
     assert torch.equal(block(x), x)
 
 
 def test_a_block_norms_before_each_part():
     block = shaken(v5_gpt.Block(tiny(v5_gpt)))
-    x = torch.randn(2, 5, 12)
+    x = torch.randn(2, 5, 18)
     middle = x + block.attention(block.ln_1(x))
     torch.testing.assert_close(block(x), middle + block.feed_forward(block.ln_2(middle)))
+
+
+def test_the_logits_are_of_the_last_layer_norm():
+    model = shaken(build(v5_gpt)).eval()
+    idx = random_tokens(2, 5)
+    x = model.token_embedding(idx) + model.position_embedding(torch.arange(5))
+    torch.testing.assert_close(model(idx)[0], model.lm_head(model.ln_f(model.blocks(x))))
 
 
 def test_dropout_works_in_training_only():
@@ -189,7 +205,7 @@ def test_dropout_is_on_the_weights_and_after_each_projection():
         if name in expected:
             module.register_forward_hook(lambda _, args, __: dropped.append(args[0].shape))
     model(random_tokens(3, 5))
-    assert dropped == [(3, 5, 5), (3, 5, 5), (3, 5, 5), (3, 5, 12), (3, 5, 12)] * 2
+    assert dropped == [(3, 5, 5), (3, 5, 5), (3, 5, 5), (3, 5, 18), (3, 5, 18)] * 2
 
 
 def test_generation_continues_a_prompt_of_any_length(rung):
@@ -211,12 +227,12 @@ def test_generation_of_nothing_is_the_prompt(rung):
 
 def test_generation_uses_the_last_block_size_tokens(attention_rung):
     model = shaken(build(attention_rung)).eval()
-    long = random_tokens(1, 12)
+    idx = random_tokens(64, 12)
+    logits, _ = model(idx[:, -TINY["block_size"] :])
     torch.manual_seed(5)
-    whole = model.generate(long, 1)
+    expected = torch.multinomial(F.softmax(logits[:, -1], dim=-1), num_samples=1)
     torch.manual_seed(5)
-    cropped = model.generate(long[:, -TINY["block_size"] :], 1)
-    assert whole[0, -1] == cropped[0, -1]
+    assert torch.equal(model.generate(idx, 1)[:, -1:], expected)
 
 
 def test_generation_follows_the_probabilities():
@@ -232,15 +248,17 @@ def test_generation_follows_the_probabilities():
 def test_a_rung_overfits_one_small_batch(rung):
     """Two windows in which no token is there twice, so that even a table can know them by heart."""
     torch.manual_seed(3)
-    model = rung.LanguageModel(tiny(rung), VOCAB_SIZE)
+    model = rung.LanguageModel(tiny(rung, n_embd=36), VOCAB_SIZE)
+    for parameter in model.parameters():  # from the rungs' own start, v2 attends to single places
+        torch.nn.init.normal_(parameter, std=0.1)
     x, y = torch.arange(10).view(2, 5), random_tokens(2, 5)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     for _ in range(800):
         _, loss = model(x, y)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.05
+    assert loss.item() < 0.1
 
 
 def test_training_lowers_the_loss_and_returns_its_history(rung, splits):
@@ -253,6 +271,18 @@ def test_training_lowers_the_loss_and_returns_its_history(rung, splits):
     _, train_after, val_after = history[-1]
     assert train_after < train_before - 0.3
     assert val_after < val_before - 0.3
+
+
+def test_training_is_on_the_training_split(rung):
+    """Two texts without a common token: what is learned of one is no help with the other."""
+    cfg = tiny(rung, max_iters=60, eval_interval=60, eval_iters=20)
+    torch.manual_seed(1)
+    model = rung.LanguageModel(cfg, 4)
+    train_data, val_data = np.tile(np.uint16([0, 1]), 50), np.tile(np.uint16([2, 3]), 50)
+    history = rung.train(model, train_data, val_data, cfg)
+    _, train_loss, val_loss = history[-1]
+    assert train_loss < history[0][1] - 0.3
+    assert val_loss > train_loss + 0.3
 
 
 def test_estimate_loss_is_a_mean_without_dropout_or_gradients(splits):

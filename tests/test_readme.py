@@ -53,6 +53,17 @@ def test_the_comparison_counts_right(text, name):
     assert rows == [(f"{parameters:,}", changed)]
 
 
+@pytest.mark.parametrize("name", RUNGS)
+def test_the_ladder_counts_right(name):
+    before = {after: before for before, after in PAIRS}
+    cost = f"{len(source(name).splitlines())} lines"
+    if name in before:
+        cost = f"{changed_lines(before[name], name)} changed lines"
+    parameters = sum(p.numel() for p in small_model(name).parameters())
+    row = next(line for line in README.splitlines() if line.startswith(f"| [{name}.py]"))
+    assert f"| {cost}, {parameters:,} parameters, " in row
+
+
 def test_the_readme_has_the_comparison_as_it_was_written():
     table, *samples = COMPARISON.strip().split("\n\n`")
     assert table.splitlines()[-1] in README
