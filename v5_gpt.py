@@ -41,7 +41,7 @@ class Config:
     block_size: int = setting(256, 64, "longest context, in tokens")
     n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
     n_head: int = setting(6, 4, "attention heads side by side, each n_embd / n_head wide")
-    n_layer: int = setting(6, 3, "blocks, one on top of the other")
+    n_layer: int = setting(6, 3, "blocks, one on top of the other", 1, 1001)
     dropout: float = setting(0.2, 0.0, "share of activations zeroed in training", 0, 1)
     learning_rate: float = setting(3e-4, 2e-3, "step size of AdamW", 1e-9, 1)
     max_iters: int = setting(5000, 3600, "training steps", 0)

@@ -1,8 +1,10 @@
-"""What every rung needs and no lesson is about: the flags, the corpus, batches from it.
+"""What every rung needs and no lesson is about: flags, the corpus, batches of its tokens.
+
 Token ids are NumPy uint16 arrays; a batch is windows cut at random places from one of them.
 """
 
 import argparse
+import socket
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -32,12 +34,15 @@ def command_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)  # what shells expect of a program ended by Ctrl-C
+    except BrokenPipeError:  # a reader such as head has seen enough
+        sys.stdout = None  # or Python would flush it at exit, and fail again
+        sys.exit(141)
     except (InputError, MemoryError, RuntimeError) as error:
         if not isinstance(error, InputError):
-            if "allocate" not in str(error):  # the word that CPU, CUDA and MPS all use
-                raise
+            if isinstance(error, RuntimeError) and "allocate" not in str(error):
+                raise  # a mistake in the program; what CPU, CUDA and MPS can't allocate is none
             error = "out of memory; try a smaller --batch_size, --block_size or --n_embd"
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # one line, whatever was typed
         sys.exit(2)
 
 
@@ -47,7 +52,7 @@ def setting(full: Any, small: Any, text: str, least: float = 1, below: float = 2
 
 
 def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
-    """A config_class from the flags in argv; the device decides which defaults fill the rest."""
+    """The config_class that flags make, the device choosing the defaults; else InputError."""
     parser = argparse.ArgumentParser(
         usage=argparse.SUPPRESS,  # an error is one line then
         argument_default=argparse.SUPPRESS,
@@ -101,25 +106,22 @@ def load_text(name: str) -> str:
     path = SHAKESPEARE if name == "shakespeare" else Path(name)
     if name == "shakespeare" and not path.exists():
         try:
+            socket.setdefaulttimeout(10)  # seconds without an answer
             torch.hub.download_url_to_file(URL, path, SHA256)
         except Exception as error:  # whatever it was, the remedy is the same
-            print(
-                f"notice: could not download Tiny Shakespeare ({error}), so this run trains on "
-                f"Python's standard library. To mend it, save {URL} as {path}.",
-                file=sys.stderr,
-            )
+            why = f"could not download Tiny Shakespeare ({error}); training on Python's library"
+            print(f"notice: {why}. To mend it, save {URL} as {path}.", file=sys.stderr)
             name = "python"
     if name == "python":
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda m: m.name)
         texts = [module.read_text(encoding="latin-1") for module in modules]
-        return "".join(text for text in texts if text.isascii())[:1_100_000]
+        return "".join(filter(str.isascii, texts))[:1_100_000]
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark Notepad puts first
-    except (OSError, UnicodeDecodeError) as error:
-        why = "a folder" if path.is_dir() else error
-        raise InputError(f"--data {name}: {why}; name a UTF-8 text file, or python") from None
+    except (OSError, ValueError) as error:  # Windows calls a folder a file without permission
+        raise InputError(f"--data {path}: {error}; name a UTF-8 text file, no folder") from None
     if not text or "\0" in text:
-        raise InputError(f"--data {name}: empty or binary; name a UTF-8 text file, or python")
+        raise InputError(f"--data {path}: empty or binary; name a UTF-8 text file")
     return text
 
 
@@ -130,10 +132,8 @@ def split(tokens: list[int], block_size: int) -> tuple[np.ndarray, np.ndarray]:
     """
     n, least = len(tokens), 10 * block_size + 1
     if n < least:
-        raise InputError(
-            f"--data: {n:,} tokens are too few for --block_size {block_size}, which needs "
-            f"{least:,}; use a longer text or a smaller --block_size"
-        )
+        why = f"{n:,} tokens are too few for --block_size {block_size}, which needs {least:,}"
+        raise InputError(f"--data: {why}; use a longer text or a smaller --block_size")
     if max(tokens) > np.iinfo(np.uint16).max:
         raise InputError("--data: more than 65,536 distinct characters; use another text")
     array = np.array(tokens, dtype=np.uint16)  # (n,)

@@ -131,24 +131,29 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the rungs as the flags in argv say; files are written anew after each rung."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
-        names = cfg.rungs.split(",")
+        names = [name.strip() for name in cfg.rungs.split(",")]
         if unknown := [name for name in names if name not in RUNGS]:
-            raise data.InputError(f"--rungs: no {', '.join(unknown)}; there are {', '.join(RUNGS)}")
+            raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(RUNGS)}")
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        tokenizer.encode(cfg.prompt)  # a wrong prompt is to show before the training, not after
         splits = data.split(tokenizer.encode(text), cfg.block_size)
-        out = Path(cfg.out)
+        # What is wrong is to show now, not once the first rungs are trained.
+        tokenizer.encode(cfg.prompt)
+        for name in names:
+            importlib.import_module(name).LanguageModel(cfg, tokenizer.n_vocab)
+        markdown, picture = Path(cfg.out) / "compare.md", Path(cfg.out) / "compare.png"
+        try:
+            markdown.parent.mkdir(parents=True, exist_ok=True)
+            for path in (markdown, picture):
+                path.open("ab").close()
+        except OSError as error:
+            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         results = []
         for name in tqdm(names, desc="rungs"):
             tqdm.write(f"{name}.py")
             results.append(train_rung(name, cfg, tokenizer, *splits))
-            try:
-                out.mkdir(parents=True, exist_ok=True)
-                (out / "compare.md").write_text(table(results, cfg), encoding="utf-8")
-                draw(results, out / "compare.png")
-            except OSError as error:
-                raise data.InputError(f"--out {out}: can't write there ({error})") from None
+            markdown.write_text(table(results, cfg), encoding="utf-8")
+            draw(results, picture)
         print(table(results, cfg))
 
 

@@ -12,6 +12,7 @@ import torch
 from conftest import TEXT, TINY, tiny_flags
 
 import data
+import v5_gpt as top_rung
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")
@@ -134,7 +135,8 @@ def test_files_that_are_not_text(rung, capsys, tmp_path, kind):
 def test_files_that_are_not_there(rung, capsys, tmp_path):
     for path in (tmp_path, tmp_path / "missing.txt", tmp_path / "no" / "such.txt"):
         assert f"--data {path}:" in refused(rung, capsys, *tiny_flags(rung), "--data", path)
-    assert "a folder" in refused(rung, capsys, "--device", "cpu", "--data", "")
+    for path in ("", "two\nlines", "x" * 3000):
+        assert "--data" in refused(rung, capsys, "--device", "cpu", "--data", path)
 
 
 def test_a_text_that_is_too_short(rung, capsys, tmp_path):
@@ -197,31 +199,55 @@ def test_a_loss_that_is_not_finite(rung, capsys, corpus, monkeypatch):
     assert "smaller --learning_rate" in refused_after_start(rung, capsys, flags)
 
 
+def test_too_little_memory_for_python(capsys):
+    with pytest.raises(SystemExit), data.command_line():
+        raise MemoryError
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
+def test_a_reader_that_leaves_ends_a_run_without_a_traceback(corpus):
+    command = [sys.executable, "v5_gpt.py", *tiny_flags(top_rung, max_iters=10**6)]
+    process = subprocess.Popen(
+        [*command, "--data", str(corpus)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert LOSS.match(process.stdout.readline())
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait(timeout=60) == 141
+    assert "Traceback" not in err
+    assert "BrokenPipe" not in err
+
+
 def test_mistakes_in_the_program_are_not_hidden():
     with pytest.raises(RuntimeError, match="a mistake"), data.command_line():
         raise RuntimeError("a mistake")
 
 
-def test_bad_input_on_a_real_command_line(rung, tmp_path):
-    done = run(rung, "--device", "cpu", "--data", tmp_path / "missing.txt")
+def test_bad_input_on_a_real_command_line(tmp_path):
+    done = run(top_rung, "--device", "cpu", "--data", tmp_path / "missing.txt")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: --data {tmp_path / 'missing.txt'}: ")
     assert done.stderr.count("\n") == 1
 
 
-def test_a_console_without_the_characters_of_the_corpus(rung, tmp_path):
+def test_a_console_without_the_characters_of_the_corpus(tmp_path):
     path = tmp_path / "corpus.txt"
     path.write_text("Жили-были дед да баба.\n" * 20, encoding="utf-8")
     environment = os.environ | {"PYTHONIOENCODING": "ascii"}
-    done = run(rung, *tiny_flags(rung), "--data", path, "--prompt", "дед", env=environment)
+    done = run(top_rung, *tiny_flags(top_rung), "--data", path, "--prompt", "дед", env=environment)
     assert done.returncode == 0, done.stderr
     assert "???" in done.stdout
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
-def test_ctrl_c_ends_a_run_without_a_traceback(rung, corpus):
-    command = [sys.executable, "-u", f"{rung.__name__}.py", *tiny_flags(rung, max_iters=10**9)]
+def test_ctrl_c_ends_a_run_without_a_traceback(corpus):
+    command = [sys.executable, "-u", "v5_gpt.py", *tiny_flags(top_rung, max_iters=10**9)]
     process = subprocess.Popen(
         [*command, "--data", str(corpus)],
         cwd=ROOT,

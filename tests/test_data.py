@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import socket
 import threading
 
 import numpy as np
@@ -69,12 +70,16 @@ def server(tmp_path, monkeypatch):
             self.send_header("Content-Length", str(server.length or len(server.body)))
             self.end_headers()
             self.wfile.write(server.body)
+            self.wfile.flush()
+            server.stall.wait(60)
 
         def log_message(self, *args):
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.status, server.body, server.length, server.requests = 200, TEXT.encode(), None, 0
+    server.stall = threading.Event()
+    server.stall.set()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     (tmp_path / "data").mkdir()
     monkeypatch.setattr(data, "SHAKESPEARE", tmp_path / "data" / "tinyshakespeare.txt")
@@ -82,6 +87,7 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "SHA256", hashlib.sha256(TEXT.encode()).hexdigest())
     monkeypatch.setenv("no_proxy", "*")
     yield server
+    server.stall.set()
     server.shutdown()
     server.server_close()
 
@@ -96,13 +102,21 @@ def test_shakespeare_is_downloaded_once(server, capsys):
     assert "100%" in err
 
 
-@pytest.mark.parametrize("fault", ["status", "cut off", "checksum", "no server", "no folder"])
+@pytest.mark.parametrize(
+    "fault", ["status", "cut off", "stalled", "checksum", "no server", "no folder"]
+)
 def test_without_shakespeare_a_run_trains_on_python(server, capsys, monkeypatch, fault):
+    """What goes wrong with the download costs a notice, and no file."""
     folder = data.SHAKESPEARE.parent
     if fault == "status":
         server.status = 404
     if fault == "cut off":
         server.length, server.body = len(server.body), server.body[:700]
+    if fault == "stalled":
+        server.length, server.body = len(server.body), server.body[:700]
+        server.stall.clear()
+        set_timeout = socket.setdefaulttimeout
+        monkeypatch.setattr(socket, "setdefaulttimeout", lambda seconds: set_timeout(seconds / 50))
     if fault == "checksum":
         server.body = server.body[:-1] + b"?"
     if fault == "no server":
