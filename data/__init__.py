@@ -34,9 +34,8 @@ def command_line() -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         sys.exit(130)  # what shells expect of a program ended by Ctrl-C
-    except BrokenPipeError:  # a reader such as head has seen enough
-        sys.stdout = None  # or Python would flush it at exit, and fail again
-        sys.exit(141)
+    except BrokenPipeError:  # a reader, such as head, has seen enough
+        sys.exit(141)  # what shells report then
     except (InputError, MemoryError, RuntimeError) as error:
         if not isinstance(error, InputError):
             if isinstance(error, RuntimeError) and "allocate" not in str(error):

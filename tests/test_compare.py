@@ -78,13 +78,20 @@ def test_bad_flags(corpus, tmp_path, capsys, flags, said):
     assert not (tmp_path / "out").exists()
 
 
-def test_a_folder_that_is_a_file(corpus, capsys):
+@pytest.mark.parametrize("blocked", ["out", "out/compare.md", "out/compare.png"])
+def test_a_place_that_can_not_be_written(corpus, tmp_path, capsys, blocked):
+    path = tmp_path / blocked
+    if blocked == "out":
+        path.write_text(TEXT, encoding="utf-8")
+    else:
+        path.mkdir(parents=True)
     common = [*tiny_flags(v5_gpt), "--rungs", "bigram", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
-        compare.main([*common, "--out", str(corpus)])
+        compare.main([*common, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
-    assert err.startswith(f"error: --out {corpus}")
+    assert err.startswith(f"error: --out {tmp_path / 'out'}")
     assert err.count("\n") == 1
-    assert corpus.read_text(encoding="utf-8") == TEXT
+    if blocked == "out":
+        assert path.read_text(encoding="utf-8") == TEXT

@@ -129,6 +129,7 @@ def test_without_shakespeare_a_run_trains_on_python(server, capsys, monkeypatch,
     assert out == ""
     notice = err.splitlines()[-1]
     assert notice.startswith("notice: could not download Tiny Shakespeare")
+    assert ("timed out" in notice) == (fault == "stalled")
     assert data.URL in notice
     assert str(data.SHAKESPEARE) in notice
 
