@@ -48,6 +48,13 @@ def test_the_python_corpus_is_large_plain_and_always_the_same():
     assert data.load_text("python") == text
 
 
+def test_the_python_corpus_is_the_ascii_modules_by_name(tmp_path, monkeypatch):
+    for name, text in {"b": "second\n", "a": "first\n", "c": "naïve\n"}.items():
+        (tmp_path / f"{name}.py").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert data.load_text("python") == "first\nsecond\n"
+
+
 def test_the_constants_are_those_of_tiny_shakespeare():
     assert data.SHAKESPEARE.name == "tinyshakespeare.txt"
     if not data.SHAKESPEARE.exists():

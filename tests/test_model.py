@@ -273,6 +273,13 @@ def test_training_lowers_the_loss_and_returns_its_history(rung, splits):
     assert val_after < val_before - 0.3
 
 
+def test_no_training_leaves_the_weights_alone(rung, splits):
+    model = build(rung)
+    before = [parameter.clone() for parameter in model.parameters()]
+    rung.train(model, *splits, tiny(rung, max_iters=0))
+    assert all(map(torch.equal, before, model.parameters()))
+
+
 def test_training_is_on_the_training_split(rung):
     """Two texts without a common token: what is learned of one is no help with the other."""
     cfg = tiny(rung, max_iters=60, eval_interval=60, eval_iters=20)
