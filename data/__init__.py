@@ -60,7 +60,9 @@ def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
     )
     for f in fields(config_class):
         text = f"{f.metadata['text']} (default: {f.default!r}, on the CPU {f.metadata['small']!r})"
-        parser.add_argument(f"--{f.name}", type=f.type, help=text, metavar=f.type.__name__)
+        kind = dict(type=f.type, metavar=f.type.__name__)
+        kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
+        parser.add_argument(f"--{f.name}", help=text, **kind)
     flags = vars(parser.parse_args(argv))
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     device = flags.setdefault("device", "cuda" if torch.cuda.is_available() else best)
@@ -113,8 +115,7 @@ def load_text(name: str) -> str:
             name = "python"
     if name == "python":
         modules = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda m: m.name)
-        texts = [module.read_text(encoding="latin-1") for module in modules]
-        return "".join(filter(str.isascii, texts))[:1_100_000]
+        return "".join(t for m in modules if (t := m.read_text("latin-1")).isascii())[:1_100_000]
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark Notepad puts first
     except (OSError, ValueError) as error:  # Windows calls a folder a file without permission

@@ -24,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 import data
-import v5_gpt
+import v6_fast
 from data import setting
 from lab.ladder import PAIRS, RUNGS, changed_lines, whole_loss
 
@@ -33,7 +33,7 @@ from matplotlib import pyplot as plt
 
 
 @dataclass
-class Config(v5_gpt.Config):
+class Config(v6_fast.Config):
     """The settings of the top rung, and what to compare."""
 
     rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")

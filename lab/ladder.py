@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
+RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt", "v6_fast"]
 PAIRS = list(zip(RUNGS, RUNGS[1:], strict=False))
 
 
@@ -48,3 +48,19 @@ def whole_loss(model: nn.Module, tokens: np.ndarray, block_size: int, device: st
         total += loss.item() * len(x)
     model.train()
     return total / n
+
+
+def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """v5's weights, or their gradients, under the names and in the shapes that they have in v6.
+
+    The query weights of all heads, then the key weights, then the value weights make one matrix
+    of (3 * n_embd, n_embd).
+    """
+    kept = {name: tensor for name, tensor in state.items() if ".heads." not in name}
+    attentions = sorted({name.split(".heads.")[0] for name in state if ".heads." in name})
+    for attention in attentions:
+        heads = [name for name in state if name.startswith(f"{attention}.heads.")]
+        parts = [n for part in ("query", "key", "value") for n in heads if f".{part}." in n]
+        tensors = [state[name] for name in parts]  # (head_size, n_embd) each
+        kept[f"{attention}.query_key_value.weight"] = torch.cat(tensors)  # (3 * n_embd, n_embd)
+    return kept

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,12 @@ def tiny_flags(rung, **changes):
     names = {field.name for field in dataclasses.fields(rung.Config)}
     values = {name: value for name, value in (TINY | changes).items() if name in names}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
+
+
+def without_timings(output: str) -> str:
+    """What a run printed, less what it says of its speed."""
+    output = re.sub(r", [\d,]+ tokens/s$", "", output, flags=re.MULTILINE)
+    return re.sub(r"^model FLOPs utilisation: \d+%\n", "", output, flags=re.MULTILINE)
 
 
 @pytest.fixture(params=RUNGS)

@@ -9,10 +9,10 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXT, TINY, tiny_flags
+from conftest import TEXT, TINY, tiny_flags, without_timings
 
 import data
-import v5_gpt as top_rung
+import v6_fast as top_rung
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")
@@ -28,10 +28,11 @@ def run(rung, *flags, **options):
 def test_a_run_prints_losses_and_a_sample(rung, corpus):
     done = run(rung, *tiny_flags(rung), "--data", corpus, "--prompt", "The ")
     assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
+    out = without_timings(done.stdout)
+    lines = out.splitlines()
     losses = [LOSS.fullmatch(line) for line in lines[:3]]
     assert [int(match[1]) for match in losses] == [0, 2, 3]  # before, at the interval, at the end
-    sample = done.stdout.split("\n", 3)[3]
+    sample = out.split("\n", 3)[3]
     assert sample.startswith("The ")
     assert len(sample) == len("The ") + TINY["max_new_tokens"] + len("\n")
     assert set(sample) <= set(TEXT)
@@ -44,7 +45,7 @@ def test_the_same_seed_gives_the_same_output(rung, corpus, capsys):
     outputs = []
     for seed in (7, 7, 8):
         rung.main([*tiny_flags(rung, seed=seed, max_new_tokens=60), "--data", str(corpus)])
-        outputs.append(capsys.readouterr().out)
+        outputs.append(without_timings(capsys.readouterr().out))
     assert outputs[0] == outputs[1]
     assert outputs[0] != outputs[2]
 
@@ -57,7 +58,7 @@ def test_help_shows_the_lesson_and_both_defaults_of_every_flag(rung, capsys):
     assert f"{rung.__name__}.py: " in out
     for field in dataclasses.fields(rung.Config):
         small = field.metadata["small"]
-        assert f"--{field.name} " in out
+        assert f"--{field.name}{',' if field.type is bool else ''} " in out
         assert f"{field.metadata['text']} (default: {field.default!r}, on the CPU {small!r})" in out
 
 
@@ -157,24 +158,24 @@ def test_a_prompt_of_unknown_characters(rung, capsys, corpus):
 def test_an_empty_prompt_is_the_default_one(rung, corpus, capsys):
     flags = [*tiny_flags(rung), "--data", str(corpus)]
     rung.main(flags)
-    default = capsys.readouterr().out
+    default = without_timings(capsys.readouterr().out)
     rung.main([*flags, "--prompt", ""])
-    assert capsys.readouterr().out == default
+    assert without_timings(capsys.readouterr().out) == default
     assert default.splitlines()[3] == ""
 
 
 def test_windows_line_ends_change_nothing(rung, corpus, capsys):
     flags = [*tiny_flags(rung), "--data", str(corpus)]
     rung.main(flags)
-    plain = capsys.readouterr().out
+    plain = without_timings(capsys.readouterr().out)
     corpus.write_bytes(TEXT.replace("\n", "\r\n").encode("utf-8"))
     rung.main(flags)
-    assert capsys.readouterr().out == plain
+    assert without_timings(capsys.readouterr().out) == plain
 
 
 def test_no_training_gives_one_loss_and_a_sample(rung, corpus, capsys):
     rung.main([*tiny_flags(rung, max_iters=0), "--data", str(corpus)])
-    lines = capsys.readouterr().out.splitlines()
+    lines = without_timings(capsys.readouterr().out).splitlines()
     assert LOSS.fullmatch(lines[0])[1] == "0"
     assert not LOSS.fullmatch(lines[1])
 
@@ -207,7 +208,7 @@ def test_too_little_memory_for_python(capsys):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other pipes")
 def test_a_reader_that_leaves_ends_a_run_without_a_traceback(corpus):
-    command = [sys.executable, "v5_gpt.py", *tiny_flags(top_rung, max_iters=10**6)]
+    command = [sys.executable, f"{top_rung.__name__}.py", *tiny_flags(top_rung, max_iters=10**6)]
     process = subprocess.Popen(
         [*command, "--data", str(corpus)],
         cwd=ROOT,
@@ -247,9 +248,9 @@ def test_a_console_without_the_characters_of_the_corpus(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_run_without_a_traceback(corpus):
-    command = [sys.executable, "-u", "v5_gpt.py", *tiny_flags(top_rung, max_iters=10**9)]
+    flags = [*tiny_flags(top_rung, max_iters=10**9), "--data", str(corpus)]
     process = subprocess.Popen(
-        [*command, "--data", str(corpus)],
+        [sys.executable, "-u", f"{top_rung.__name__}.py", *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -9,7 +9,7 @@ import tokenize
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, VOCAB_SIZE, tiny_flags
+from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
 
@@ -26,9 +26,9 @@ def shape_comments(text: str) -> dict[int, list[str]]:
 
 
 def statements(text: str) -> dict[int, ast.stmt]:
-    """Line number -> the assignment or return statement that is on it."""
-    kinds = (ast.Assign, ast.Return)
-    return {node.lineno: node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)}
+    """Line number -> the assignment or return statement that is on it, among other lines."""
+    nodes = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Assign | ast.Return)]
+    return {line: n for n in nodes for line in range(n.lineno, n.end_lineno + 1)}
 
 
 class ShapeTracer:
@@ -46,13 +46,16 @@ class ShapeTracer:
     def __call__(self, frame, event, arg):
         if frame.f_code.co_filename != self.path or frame.f_code.co_name.startswith("<"):
             return None
-        pending = None  # the line that is running, with the sizes known before it ran
+        pending = None  # the statement that is running, with the sizes known before it ran
 
         def trace_lines(frame, event, arg):
             nonlocal pending
+            node = self.statements.get(frame.f_lineno)
+            if event == "line" and pending and node is pending[0] and node is not None:
+                return trace_lines  # another line of the same
             if pending and event in ("line", "return"):
                 self.check(*pending, frame.f_locals, arg)
-            pending = (frame.f_lineno, self.sizes(frame.f_locals))
+            pending = (node, self.sizes(frame.f_locals))
             return trace_lines
 
         return trace_lines
@@ -61,6 +64,7 @@ class ShapeTracer:
         """What the letters and names in the comments stand for at this point of the run."""
         known = {"B": TINY["batch_size"], "T": TINY["block_size"], "V": VOCAB_SIZE, "min": min}
         known |= {name: value for name, value in TINY.items() if isinstance(value, int)}
+        known["head_size"] = TINY["n_embd"] // TINY["n_head"]
         known |= {name: value for name, value in names.items() if type(value) is int}
         for name in ("idx", "x", "prompt"):
             if isinstance(names.get(name), torch.Tensor):
@@ -68,10 +72,10 @@ class ShapeTracer:
                 break
         return known
 
-    def check(self, line, sizes, names, returned):
-        if line not in self.claims or line not in self.statements:
+    def check(self, node, sizes, names, returned):
+        if node is None or node.lineno not in self.claims:
             return
-        node = self.statements[line]
+        line = node.lineno
         if isinstance(node, ast.Return):
             values = list(returned) if isinstance(returned, tuple) else [returned]
         else:
@@ -79,6 +83,8 @@ class ShapeTracer:
             targets = target.elts if isinstance(target, ast.Tuple) else [target]
             kept = [t for t in targets if not (isinstance(t, ast.Name) and t.id == "_")]
             values = [eval(ast.unparse(t), {}, dict(names)) for t in kept]
+            if isinstance(values[0], tuple):
+                (values,) = values  # several tensors under one name
         values = [v.weight if isinstance(v, torch.nn.Module) else v for v in values]
         claims = self.claims[line] * (len(values) if len(self.claims[line]) == 1 else 1)
         for value, claim in zip(values, claims, strict=True):
@@ -99,7 +105,13 @@ def run_traced(path, run) -> ShapeTracer:
 
 def test_shape_comments_of_a_rung(rung, corpus):
     flags = [*tiny_flags(rung, prompt="The q"), "--data", str(corpus)]
-    tracer = run_traced(rung.__file__, lambda: rung.main(flags))
+
+    def run():
+        rung.main(flags)
+        if hasattr(rung, "get_batch"):  # its way for tokens that are on the device
+            rung.get_batch(torch.zeros(50, dtype=torch.int32), tiny(rung))
+
+    tracer = run_traced(rung.__file__, run)
     assert tracer.wrong == []
     assert tracer.checked == set(tracer.claims), "a shape comment on a line that never ran"
     assert len(tracer.checked) >= 9
