@@ -1,0 +1,237 @@
+"""bench.py: training speed and peak memory of the rungs that have attention.
+
+All train on the same shape, and so does the GPT-2 of the library transformers, for comparison.
+Each has a process of its own, and they take turns, one after another and round after round, so
+that whatever else the machine does slows all of them alike. A turn is a step to warm up, then the
+steps that count, from batch to optimizer, as the rung's own train() does them.
+
+Run it:   python lab/bench.py
+          python lab/bench.py --models v5_gpt,v6_fast --batch_size 24 --block_size 64 --steps 50
+Writes:   lab/out/bench.md, a table of medians and their ratios to v5_gpt.py.
+"""
+
+import importlib
+import os
+import platform
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the rungs are one folder up
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from tqdm import tqdm
+
+import data
+import v6_fast
+from data import setting
+from lab.ladder import RUNGS
+
+MODELS = [*RUNGS[1:], "transformers"]
+VOCAB_SIZE = 65  # that of Shakespeare
+
+
+@dataclass
+class Config:
+    """What to measure and how often; the shape is that of full size, on every device."""
+
+    batch_size: int = setting(64, 64, "windows in a batch")
+    block_size: int = setting(256, 256, "longest context, in tokens")
+    n_embd: int = setting(384, 384, "width: numbers in the vector of a token")
+    n_head: int = setting(6, 6, "attention heads side by side, each n_embd / n_head wide")
+    n_layer: int = setting(6, 6, "blocks, one on top of the other", 1, 1001)
+    dropout: float = setting(0.0, 0.0, "share of activations zeroed in training", 0, 1)
+    dtype: str = setting("auto", "auto", "of v6 and later: float32, bfloat16 or auto")
+    compile: bool = setting(v6_fast.Config.compile, False, "use torch.compile in v6 and later", 0)
+    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
+    models: str = setting(",".join(MODELS), ",".join(MODELS), "what to train, with commas between")
+    rounds: int = setting(5, 3, "turns of each model")
+    steps: int = setting(50, 2, "training steps in a turn, after one to warm up")
+    out: str = setting("lab/out", "lab/out", "folder for bench.md")
+
+
+@dataclass
+class Turn:
+    """What a turn measured; GB of memory are None where the system does not count them."""
+
+    tokens_per_second: float
+    utilisation: float
+    gb_before: float | None
+    gb_after: float | None
+    dtype: str
+
+
+class Reference(nn.Module):
+    """The GPT-2 of transformers behind the interface of a rung."""
+
+    def __init__(self, cfg: v6_fast.Config, vocab_size: int) -> None:
+        super().__init__()
+        from transformers import GPT2Config, GPT2LMHeadModel
+
+        shape = dict(n_embd=cfg.n_embd, n_head=cfg.n_head, n_layer=cfg.n_layer)
+        dropouts = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), cfg.dropout)
+        sizes = dict(vocab_size=vocab_size, n_positions=cfg.block_size)
+        no_tokens = dict(bos_token_id=None, eos_token_id=None)
+        self.gpt2 = GPT2LMHeadModel(GPT2Config(**shape, **dropouts, **sizes, **no_tokens))
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64 token ids and targets (B, T) -> float logits (B, T, V), mean loss () in nats."""
+        logits = self.gpt2(idx, use_cache=False).logits  # (B, T, V)
+        return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # and ()
+
+
+def train_reference(
+    model: Reference, train_data: np.ndarray, _: np.ndarray, cfg: v6_fast.Config
+) -> None:
+    """The training loop of v5, without its estimates of the loss."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
+    for _ in range(cfg.max_iters):
+        x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
+        _, loss = model(x, y)  # (B, T, V) and ()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def peak_memory(device: str) -> float | None:
+    """The most memory that this process has had, in GB: the GPU's where it uses one."""
+    if device.startswith("cuda"):
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes, elsewhere KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def be_quiet() -> None:
+    """Drop what a process prints: the rungs' logs, and what Ctrl-C makes Python say."""
+    sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
+def take_turn(name: str, cfg: Config) -> Turn:
+    """Train a new model for 1 + steps steps in this process, and measure the last of them."""
+    rung = v6_fast if name == "transformers" else importlib.import_module(name)
+    values = asdict(cfg) | {"max_iters": 1 + cfg.steps, "eval_interval": 10**9, "eval_iters": 1}
+    known = {field.name for field in fields(rung.Config)}
+    rung_cfg = rung.Config(**{name: value for name, value in values.items() if name in known})
+    make, train = rung.LanguageModel, rung.train
+    if name == "transformers":
+        make, train = Reference, train_reference
+
+    torch.manual_seed(0)
+    ids = torch.randint(VOCAB_SIZE, (200_000,)).tolist()
+    train_data, val_data = data.split(ids, cfg.block_size)
+    gb_before = peak_memory(cfg.device)
+    model = make(rung_cfg, VOCAB_SIZE).to(cfg.device)
+    times = []
+
+    def note_time(*_: Any) -> None:
+        if cfg.device.startswith("cuda") and len(times) in (0, cfg.steps):
+            torch.cuda.synchronize(cfg.device)
+        times.append(time.perf_counter())
+
+    hook = register_optimizer_step_post_hook(note_time)
+    train(model, train_data, val_data, rung_cfg)
+    hook.remove()
+    tokens = cfg.steps * cfg.batch_size * cfg.block_size
+    tokens_per_second = tokens / (times[cfg.steps] - times[0])
+
+    gb_after = peak_memory(cfg.device)
+    fused = name in RUNGS[RUNGS.index("v6_fast") :]
+    dtype = v6_fast.choose_dtype(rung_cfg) if fused else "float32"
+    with torch.device("meta"):  # what counts is the shape, which is the same here
+        counted = v6_fast.LanguageModel(rung_cfg, VOCAB_SIZE) if make is Reference else model
+    n_layer = cfg.n_layer if "n_layer" in known else 1
+    counted_cfg = v6_fast.Config(
+        block_size=cfg.block_size, n_embd=cfg.n_embd, n_layer=n_layer, device=cfg.device,
+        dtype=dtype,
+    )
+    share = v6_fast.utilisation(counted, tokens_per_second, counted_cfg)
+    return Turn(tokens_per_second, share, gb_before, gb_after, dtype)
+
+
+def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
+    """The results in Markdown: how they were made, then a row a model."""
+    on_gpu = cfg.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
+    lines = [
+        f"Training with batch_size {cfg.batch_size}, block_size {cfg.block_size}, n_embd "
+        f"{cfg.n_embd}, n_head {cfg.n_head}, n_layer {cfg.n_layer}, dropout {cfg.dropout:g}, "
+        f"{VOCAB_SIZE} tokens; PyTorch {torch.__version__}, {torch.get_num_threads()} threads, on "
+        f"{cfg.device} ({machine}), torch.compile {'on' if cfg.compile else 'off'}. Tokens/s: the "
+        f"median of {cfg.rounds} turns of {cfg.steps} steps, with the least and the most. Memory: "
+        "the most that was in use, less what was before there was a model. Utilisation: of the "
+        "rate of a matrix product of the same dtype.",
+        "",
+        "| model | dtype | tokens/s | least to most | times v5 | utilisation | memory |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    speeds = {name: [turn.tokens_per_second for turn in t] for name, t in turns.items()}
+    for name, t in turns.items():
+        ratio = "-"
+        if "v5_gpt" in turns:
+            ratio = f"{median(speeds[name]) / median(speeds['v5_gpt']):.2f}"
+        memory = "-"
+        if t[-1].gb_after is not None:
+            memory = f"{t[-1].gb_after - t[0].gb_before:.2f} GB"
+        lines.append(
+            f"| `{name}` | {t[0].dtype} | {median(speeds[name]):,.0f} | {min(speeds[name]):,.0f} "
+            f"to {max(speeds[name]):,.0f} | {ratio} | "
+            f"{median(turn.utilisation for turn in t):.0%} | {memory} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure as the flags in argv say; print the table and write it to a file."""
+    with data.command_line():
+        cfg = data.read_flags(Config, __doc__, argv)
+        names = [name.strip() for name in cfg.models.split(",")]
+        if unknown := [name for name in names if name not in MODELS]:
+            raise data.InputError(f"--models: no {unknown}; there are {', '.join(MODELS)}")
+        if "transformers" in names and not importlib.util.find_spec("transformers"):
+            raise data.InputError("--models: no transformers; pip install -r requirements-dev.txt")
+        v6_fast.choose_dtype(replace(v6_fast.Config(), dtype=cfg.dtype, device=cfg.device))
+        path = Path(cfg.out) / "bench.md"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()
+        except OSError as error:
+            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
+        turns = {name: [] for name in names}
+        with ExitStack() as stack:
+            context = get_context("spawn")
+            processes = {
+                name: stack.enter_context(ProcessPoolExecutor(1, context, be_quiet))
+                for name in names
+            }
+            bar = stack.enter_context(tqdm(total=cfg.rounds * len(names), desc="turns"))
+            for _ in range(cfg.rounds):
+                for name in names:
+                    try:
+                        turns[name].append(processes[name].submit(take_turn, name, cfg).result())
+                    except BrokenProcessPool:
+                        why = f"the process of {name} was ended, as for want of memory"
+                        raise data.InputError(f"{why}; try a smaller --batch_size") from None
+                    bar.update()
+        path.write_text(table(turns, cfg), encoding="utf-8")
+        print(table(turns, cfg))
+
+
+if __name__ == "__main__":
+    main()
