@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
+from importlib.util import find_spec
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import median
@@ -204,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
         names = [name.strip() for name in cfg.models.split(",")]
         if unknown := [name for name in names if name not in MODELS]:
             raise data.InputError(f"--models: no {unknown}; there are {', '.join(MODELS)}")
-        if "transformers" in names and not importlib.util.find_spec("transformers"):
+        if "transformers" in names and not find_spec("transformers"):
             raise data.InputError("--models: no transformers; pip install -r requirements-dev.txt")
         v6_fast.choose_dtype(replace(v6_fast.Config(), dtype=cfg.dtype, device=cfg.device))
         path = Path(cfg.out) / "bench.md"

@@ -1,0 +1,143 @@
+"""The bench: what a turn measures, the table of medians, and its command line."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import TEXT
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+import v6_fast
+from lab import bench
+from lab.ladder import ROOT, RUNGS
+
+SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
+FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
+FLAGS += ["--device", "cpu", "--rounds", "1", "--steps", "2"]
+
+
+def config(**changes):
+    return bench.Config(**SHAPE | {"device": "cpu", "steps": 2, "compile": False} | changes)
+
+
+@pytest.mark.parametrize("name", [*RUNGS[1:], "transformers"])
+def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
+    """On a clock that goes on by a second for each step of an optimizer, and by no other time."""
+    now = [0.0]
+
+    def clock():
+        now[0] += 1e-9
+        return now[0]
+
+    def step_takes_a_second(*_):
+        now[0] += 1 if steps else 100  # the first one, as a warm-up does, takes longer
+        steps.append(1)
+
+    steps = []
+    hook = register_optimizer_step_post_hook(step_takes_a_second)
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    monkeypatch.setattr(v6_fast, "utilisation", lambda model, speed, cfg: cfg.n_layer)
+    turn = bench.take_turn(name, config())
+    hook.remove()
+    assert len(steps) == 3
+    assert turn.tokens_per_second == pytest.approx(3 * 8 * 2 / 2, rel=1e-3)
+    assert turn.dtype == "float32"
+    assert turn.utilisation == (1 if name in RUNGS[1:4] else 2)  # layers in the FLOPs
+
+
+def test_the_reference_has_the_shape_of_the_rungs():
+    model = bench.Reference(v6_fast.Config(**SHAPE, dropout=0.0), 65)
+    ids = torch.zeros(3, 8, dtype=torch.int64)
+    logits, loss = model(ids, ids)
+    assert logits.shape == (3, 8, 65)
+    assert loss.shape == ()
+    ours = v6_fast.LanguageModel(v6_fast.Config(**SHAPE, device="cpu"), 65)
+    # GPT-2 has a bias for queries, keys and values, and no weights of its own in the output layer
+    more = 2 * 3 * 24 - 65 * 24 - 65
+    count = sum(p.numel() for p in ours.parameters()) + more
+    assert sum(p.numel() for p in model.parameters()) == count
+    assert all(m.p == 0 for m in model.modules() if isinstance(m, torch.nn.Dropout))
+
+
+def test_the_table_has_medians_and_ratios():
+    def turn(speed, gb):
+        return bench.Turn(speed, speed / 1000, 0.5, gb, "float32")
+
+    turns = {
+        "v5_gpt": [turn(100.0, 1.0), turn(900.0, 2.0), turn(200.0, 2.5)],
+        "v6_fast": [turn(500.0, 0.75), turn(400.0, 1.0), turn(1.0, 1.25)],
+    }
+    rows = bench.table(turns, config()).splitlines()[-2:]
+    assert rows == [
+        "| `v5_gpt` | float32 | 200 | 100 to 900 | 1.00 | 20% | 2.00 GB |",
+        "| `v6_fast` | float32 | 400 | 1 to 500 | 2.00 | 40% | 0.75 GB |",
+    ]
+    del turns["v5_gpt"]
+    turns["v6_fast"][-1].gb_after = None  # as on Windows
+    row = bench.table(turns, config()).splitlines()[-1]
+    assert row == "| `v6_fast` | float32 | 400 | 1 to 500 | - | 40% | - |"
+
+
+def test_a_run_writes_what_it_prints(tmp_path):
+    out = tmp_path / "new" / "out"
+    command = [sys.executable, "lab/bench.py", *FLAGS, "--models", "v6_fast,v5_gpt"]
+    done = subprocess.run(
+        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100
+    )
+    assert done.returncode == 0, done.stderr
+    written = (out / "bench.md").read_text(encoding="utf-8")
+    assert written in done.stdout
+    assert [row.split("`")[1] for row in written.splitlines()[-2:]] == ["v6_fast", "v5_gpt"]
+    assert "2/2" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--models", "v5_gpt,v99"], "v99"),
+        (["--dtype", "half"], "--dtype half"),
+        (["--rounds", "0"], "--rounds 0"),
+        (["--out", "FILE"], "--out"),
+        (["--n_head", "5"], "--n_head 5"),
+    ],
+)
+def test_bad_flags(tmp_path, capsys, flags, said):
+    blocked = tmp_path / "file"
+    blocked.write_text(TEXT, encoding="utf-8")
+    flags = [str(blocked) if flag == "FILE" else flag for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*FLAGS, "--models", "v6_fast", "--out", str(tmp_path / "out"), *flags])
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert said in err.splitlines()[-1]
+    assert err.splitlines()[-1].startswith("error: ")
+
+
+def test_no_transformers(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(bench, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        bench.main([*FLAGS, "--models", "transformers", "--out", str(tmp_path)])
+    assert "requirements-dev.txt" in capsys.readouterr().err
+
+
+def test_a_process_that_dies(monkeypatch, capsys, tmp_path):
+    class Dead:
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return False
+
+        def submit(self, *_):
+            raise bench.BrokenProcessPool
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Dead)
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*FLAGS, "--models", "v5_gpt", "--out", str(tmp_path)])
+    assert stop.value.code == 2
+    assert "v5_gpt" in capsys.readouterr().err
