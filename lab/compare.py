@@ -6,10 +6,12 @@ each is the one that its own command makes with the same flags, to the last digi
 
 Run it:   python lab/compare.py
           python lab/compare.py --rungs v4_feedforward,v5_gpt --data python --prompt "def "
+          python lab/compare.py --rungs "" --logs out/v7/log.jsonl
 Writes:   lab/out/compare.md, a table of losses and times and samples, and compare.png, the curves.
 """
 
 import importlib
+import json
 import platform
 import sys
 import time
@@ -24,19 +26,20 @@ import torch
 from tqdm import tqdm
 
 import data
-import v6_fast
+import v7_training
 from data import setting
-from lab.ladder import PAIRS, RUNGS, changed_lines, whole_loss
+from lab.ladder import PAIRS, RUNGS, changed_lines
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
 
 
 @dataclass
-class Config(v6_fast.Config):
+class Config(v7_training.Config):
     """The settings of the top rung, and what to compare."""
 
     rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")
+    logs: str = setting("", "", "log.jsonl files to draw as well, with commas between")
     out: str = setting("lab/out", "lab/out", "folder for compare.md and compare.png")
 
 
@@ -72,7 +75,7 @@ def train_rung(
         rung=name,
         parameters=sum(p.numel() for p in model.parameters()),
         history=history,
-        val_loss=whole_loss(model, val_data, cfg.block_size, cfg.device),
+        val_loss=v7_training.whole_loss(model, val_data, cfg),
         seconds=seconds,
         sample=tokenizer.decode(sample[0].tolist()),
     )
@@ -84,7 +87,8 @@ def table(results: list[Result], cfg: Config) -> str:
     on_gpu = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
     before = {after: before for before, after in PAIRS}
-    settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in ("rungs", "out"))
+    others = ("rungs", "logs", "out", "out_dir", "resume", "sample_only")
+    settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in others)
     lines = [
         f"Each rung trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats: train, "
@@ -106,23 +110,38 @@ def table(results: list[Result], cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(results: list[Result], path: Path) -> None:
-    """The loss curves of all results as a picture: validation solid, training dashed."""
+def read_log(name: str) -> list[tuple[int, float, float]]:
+    """The history that v7_training.py and later rungs write: (step, train loss, validation loss).
+
+    Raises data.InputError where the file is no such log.
+    """
+    try:
+        entries = map(json.loads, Path(name).read_text(encoding="utf-8").splitlines())
+        history = [(e["step"], float(e["train_loss"]), float(e["val_loss"])) for e in entries]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise data.InputError(f"--logs {name}: no log in JSON lines ({error})") from None
+    if not history:
+        raise data.InputError(f"--logs {name}: empty; wait for the first loss estimate")
+    return history
+
+
+def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
+    """The loss curves of all histories as a picture: validation solid, training dashed."""
     figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(results)))
-    for result, color in zip(results, colors, strict=True):
-        steps, train_losses, val_losses = zip(*result.history, strict=True)
-        axes.plot(steps, val_losses, color=color, label=f"{result.rung}  {result.val_loss:.3f}")
+    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(histories)))
+    for (label, history), color in zip(histories.items(), colors, strict=True):
+        steps, train_losses, val_losses = zip(*history, strict=True)
+        axes.plot(steps, val_losses, color=color, label=label)
         axes.plot(steps, train_losses, color=color, linestyle="--", linewidth=0.8)
     # The fall from ln(V) in the first steps is much the same for all, and would hide the rest.
-    later = [loss for result in results for _, *losses in result.history[1:] for loss in losses]
+    later = [loss for h in histories.values() for _, *losses in h[1:] for loss in losses]
     if later:
         axes.set_ylim(min(later) - 0.05, max(later) + 0.05)
     axes.set_xlabel("training step")
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Validation loss (solid) and training loss (dashed)")
     axes.grid(alpha=0.3)
-    axes.legend(title="rung, validation loss (whole split)")
+    axes.legend(title="run, validation loss (whole split)")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -131,9 +150,10 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the rungs as the flags in argv say; files are written anew after each rung."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
-        names = [name.strip() for name in cfg.rungs.split(",")]
+        names = [name.strip() for name in cfg.rungs.split(",") if name.strip()]
         if unknown := [name for name in names if name not in RUNGS]:
             raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(RUNGS)}")
+        histories = {name: read_log(name) for name in cfg.logs.split(",") if name}
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         splits = data.split(tokenizer.encode(text), cfg.block_size)
@@ -151,9 +171,13 @@ def main(argv: list[str] | None = None) -> None:
         results = []
         for name in tqdm(names, desc="rungs"):
             tqdm.write(f"{name}.py")
-            results.append(train_rung(name, cfg, tokenizer, *splits))
+            result = train_rung(name, cfg, tokenizer, *splits)
+            results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
-            draw(results, picture)
+            histories[f"{name}  {result.val_loss:.3f}"] = result.history
+            draw(histories, picture)
+        if not names:
+            draw(histories, picture)
         print(table(results, cfg))
 
 

@@ -1,15 +1,14 @@
-"""What experiments on the ladder share: its rungs in order, their diffs, an exact loss."""
+"""What experiments on the ladder share: its rungs in order, their diffs, v5's weights for v6."""
 
 import ast
 import difflib
 from pathlib import Path
 
-import numpy as np
 import torch
-from torch import nn
 
 ROOT = Path(__file__).resolve().parent.parent
-RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt", "v6_fast"]
+RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
+RUNGS += ["v6_fast", "v7_training"]
 PAIRS = list(zip(RUNGS, RUNGS[1:], strict=False))
 
 
@@ -28,26 +27,6 @@ def changed_lines(before: str, after: str) -> int:
     """How many lines a diff of two rungs takes out or puts in, module docstrings left out."""
     diff = difflib.ndiff(code_lines(before), code_lines(after))
     return sum(line.startswith(("- ", "+ ")) for line in diff)
-
-
-@torch.no_grad()
-def whole_loss(model: nn.Module, tokens: np.ndarray, block_size: int, device: str) -> float:
-    """Mean loss in nats over the windows that follow one another through tokens (uint16).
-
-    Each token but the first is a target once; what is left after the last whole window, fewer
-    than block_size tokens, is not. No randomness: two models can be compared to the last digit.
-    """
-    model.eval()
-    n = (len(tokens) - 1) // block_size
-    ids = torch.from_numpy(tokens[: n * block_size + 1].astype(np.int64))  # (n * T + 1,)
-    inputs = ids[:-1].view(n, block_size)  # (n, T)
-    targets = ids[1:].view(n, block_size)  # (n, T)
-    total = 0.0
-    for x, y in zip(inputs.split(64), targets.split(64), strict=True):
-        _, loss = model(x.to(device), y.to(device))
-        total += loss.item() * len(x)
-    model.train()
-    return total / n
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

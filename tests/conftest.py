@@ -2,7 +2,9 @@
 
 import dataclasses
 import importlib
+import os
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,9 @@ import data
 from lab.ladder import RUNGS
 
 torch.set_num_threads(1)  # for tensors this small, a second thread only costs
+os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
+
+OUT = tempfile.TemporaryDirectory()
 
 # All sizes differ, so that a swapped axis shows.
 TINY = {
@@ -26,6 +31,7 @@ TINY = {
     "eval_iters": 2,
     "device": "cpu",
     "max_new_tokens": 7,
+    "out_dir": OUT.name,
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
 VOCAB_SIZE = len(set(TEXT))
@@ -45,10 +51,11 @@ def tiny_flags(rung, **changes):
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
-def without_timings(output: str) -> str:
-    """What a run printed, less what it says of its speed."""
+def losses_and_sample(output: str) -> str:
+    """What every rung prints; not what later ones say of their speed and of the whole split."""
     output = re.sub(r", [\d,]+ tokens/s$", "", output, flags=re.MULTILINE)
-    return re.sub(r"^model FLOPs utilisation: \d+%\n", "", output, flags=re.MULTILINE)
+    more = r"^(model FLOPs utilisation: \d+%|whole validation split: .*)\n"
+    return re.sub(more, "", output, flags=re.MULTILINE)
 
 
 @pytest.fixture(params=RUNGS)

@@ -9,10 +9,11 @@ import sys
 
 import pytest
 import torch
-from conftest import TEXT, TINY, tiny_flags, without_timings
+from conftest import TEXT, TINY, losses_and_sample, tiny_flags
 
 import data
-import v6_fast as top_rung
+import v6_fast
+import v7_training as top_rung
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")
@@ -28,7 +29,7 @@ def run(rung, *flags, **options):
 def test_a_run_prints_losses_and_a_sample(rung, corpus):
     done = run(rung, *tiny_flags(rung), "--data", corpus, "--prompt", "The ")
     assert done.returncode == 0, done.stderr
-    out = without_timings(done.stdout)
+    out = losses_and_sample(done.stdout)
     lines = out.splitlines()
     losses = [LOSS.fullmatch(line) for line in lines[:3]]
     assert [int(match[1]) for match in losses] == [0, 2, 3]  # before, at the interval, at the end
@@ -45,7 +46,7 @@ def test_the_same_seed_gives_the_same_output(rung, corpus, capsys):
     outputs = []
     for seed in (7, 7, 8):
         rung.main([*tiny_flags(rung, seed=seed, max_new_tokens=60), "--data", str(corpus)])
-        outputs.append(without_timings(capsys.readouterr().out))
+        outputs.append(losses_and_sample(capsys.readouterr().out))
     assert outputs[0] == outputs[1]
     assert outputs[0] != outputs[2]
 
@@ -158,24 +159,24 @@ def test_a_prompt_of_unknown_characters(rung, capsys, corpus):
 def test_an_empty_prompt_is_the_default_one(rung, corpus, capsys):
     flags = [*tiny_flags(rung), "--data", str(corpus)]
     rung.main(flags)
-    default = without_timings(capsys.readouterr().out)
+    default = losses_and_sample(capsys.readouterr().out)
     rung.main([*flags, "--prompt", ""])
-    assert without_timings(capsys.readouterr().out) == default
+    assert losses_and_sample(capsys.readouterr().out) == default
     assert default.splitlines()[3] == ""
 
 
 def test_windows_line_ends_change_nothing(rung, corpus, capsys):
     flags = [*tiny_flags(rung), "--data", str(corpus)]
     rung.main(flags)
-    plain = without_timings(capsys.readouterr().out)
+    plain = losses_and_sample(capsys.readouterr().out)
     corpus.write_bytes(TEXT.replace("\n", "\r\n").encode("utf-8"))
     rung.main(flags)
-    assert without_timings(capsys.readouterr().out) == plain
+    assert losses_and_sample(capsys.readouterr().out) == plain
 
 
 def test_no_training_gives_one_loss_and_a_sample(rung, corpus, capsys):
     rung.main([*tiny_flags(rung, max_iters=0), "--data", str(corpus)])
-    lines = without_timings(capsys.readouterr().out).splitlines()
+    lines = losses_and_sample(capsys.readouterr().out).splitlines()
     assert LOSS.fullmatch(lines[0])[1] == "0"
     assert not LOSS.fullmatch(lines[1])
 
@@ -248,9 +249,9 @@ def test_a_console_without_the_characters_of_the_corpus(tmp_path):
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_run_without_a_traceback(corpus):
-    flags = [*tiny_flags(top_rung, max_iters=10**9), "--data", str(corpus)]
-    process = subprocess.Popen(
-        [sys.executable, "-u", f"{top_rung.__name__}.py", *flags],
+    flags = [*tiny_flags(v6_fast, max_iters=10**9), "--data", str(corpus)]
+    process = subprocess.Popen(  # v7_training.py saves and samples first
+        [sys.executable, "-u", "v6_fast.py", *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -1,40 +1,21 @@
 """The comparison: the same runs as the rungs' own, in a table and a picture."""
 
+import json
 import re
 import subprocess
 import sys
 
 import matplotlib.image
-import numpy as np
 import pytest
-import torch
-from conftest import TEXT, VOCAB_SIZE, tiny, tiny_flags, without_timings
+from conftest import TEXT, losses_and_sample, tiny_flags
 
-import data
-import v5_gpt
-import v6_fast
+import v7_training
 from lab import compare
-from lab.ladder import ROOT, RUNGS, whole_loss
-
-
-def test_the_whole_loss_is_that_of_every_window_once():
-    tokenizer = data.CharTokenizer(TEXT)
-    tokens = np.array(tokenizer.encode(TEXT * 2), dtype=np.uint16)
-    model = v5_gpt.LanguageModel(tiny(v5_gpt), VOCAB_SIZE)
-    model.eval()
-    losses = []
-    for start in range(0, len(tokens) - 5, 5):
-        window = torch.from_numpy(tokens[start : start + 6].astype(np.int64))[None]
-        losses.append(model(window[:, :-1], window[:, 1:])[1].item())
-    assert len(losses) > 64  # more than one batch of windows, and the last batch not a full one
-    assert len(losses) % 64
-    model.train()
-    assert whole_loss(model, tokens, 5, "cpu") == pytest.approx(np.mean(losses), rel=1e-5)
-    assert model.training
+from lab.ladder import ROOT, RUNGS
 
 
 def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
-    flags = [*tiny_flags(v6_fast), "--data", str(corpus), "--prompt", "The "]
+    flags = [*tiny_flags(v7_training), "--data", str(corpus), "--prompt", "The "]
     command = [sys.executable, "lab/compare.py", *flags, "--out", str(tmp_path / "new" / "out")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
     assert done.returncode == 0, done.stderr
@@ -50,10 +31,10 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
         own = [*tiny_flags(module), "--data", str(corpus), "--prompt", "The "]
         assert names >= {flag[2:] for flag in own if flag.startswith("--")}
         module.main(own)
-        lines = without_timings(capsys.readouterr().out).splitlines()
+        lines = losses_and_sample(capsys.readouterr().out).splitlines()
         losses = [line for line in lines if line.startswith("step")]
         assert len(losses) == 3
-        assert "\n".join(losses) in without_timings(done.stdout)
+        assert "\n".join(losses) in losses_and_sample(done.stdout)
 
     picture = matplotlib.image.imread(tmp_path / "new" / "out" / "compare.png")
     assert picture.shape[:2] == (600, 960)
@@ -69,7 +50,7 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
     ],
 )
 def test_bad_flags(corpus, tmp_path, capsys, flags, said):
-    common = [*tiny_flags(v6_fast), "--rungs", "bigram,v5_gpt", "--data", str(corpus)]
+    common = [*tiny_flags(v7_training), "--rungs", "bigram,v5_gpt", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
@@ -88,7 +69,7 @@ def test_a_place_that_can_not_be_written(corpus, tmp_path, capsys, blocked):
         path.write_text(TEXT, encoding="utf-8")
     else:
         path.mkdir(parents=True)
-    common = [*tiny_flags(v6_fast), "--rungs", "bigram", "--data", str(corpus)]
+    common = [*tiny_flags(v7_training), "--rungs", "bigram", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -98,3 +79,22 @@ def test_a_place_that_can_not_be_written(corpus, tmp_path, capsys, blocked):
     assert err.count("\n") == 1
     if blocked == "out":
         assert path.read_text(encoding="utf-8") == TEXT
+
+
+def test_logs_are_drawn_too(tmp_path, capsys, corpus):
+    log = tmp_path / "log.jsonl"
+    entries = [{"step": s, "train_loss": 4 - s, "val_loss": 5 - s, "seconds": s} for s in range(3)]
+    log.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
+    assert compare.read_log(str(log)) == [(0, 4.0, 5.0), (1, 3.0, 4.0), (2, 2.0, 3.0)]
+    out = tmp_path / "out"
+    flags = [*tiny_flags(v7_training), "--data", str(corpus), "--out", str(out), "--rungs", ""]
+    compare.main([*flags, "--logs", str(log)])
+    picture = matplotlib.image.imread(out / "compare.png")
+    assert picture[..., :3].std() > 0.02
+    capsys.readouterr()
+    for text in ("", "no JSON", "{}", '{"step": 1, "train_loss": "x", "val_loss": 1}', "[1]"):
+        log.write_text(text, encoding="utf-8")
+        with pytest.raises(SystemExit) as stop:
+            compare.main([*flags, "--logs", str(log)])
+        assert stop.value.code == 2
+        assert f"--logs {log}" in capsys.readouterr().err

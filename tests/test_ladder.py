@@ -53,7 +53,7 @@ COURSE = {
             "import ctypes",
             "import platform",
             "import time",
-            "from importlib.util import find_spec",
+            "from importlib.util",
             "Config.dtype",
             "Config.compile",
             "choose_dtype",
@@ -70,6 +70,37 @@ COURSE = {
             "train",
         ],
     },
+    "v7_training": {
+        "lesson": "train it as real runs are trained: a recipe, checkpoints, many processes",
+        "adds": [
+            "import json",
+            "import os",
+            "import signal",
+            "from contextlib",
+            "from pathlib",
+            "from zipfile",
+            "from torch.nn.parallel",
+            "Config.weight_decay",
+            "Config.warmup_iters",
+            "Config.grad_accum_steps",
+            "Config.out_dir",
+            "Config.resume",
+            "Config.sample_only",
+            "whole_loss",
+            "make_optimizer",
+            "learning_rate_at",
+            "save_checkpoint",
+            "load_checkpoint",
+            "join_processes",
+        ],
+        "changes": [
+            "from dataclasses",
+            "from torch",
+            "Config.learning_rate",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = {
     "v2_single_head": 60,
@@ -77,6 +108,7 @@ MOST_CHANGED_LINES = {
     "v4_feedforward": 30,
     "v5_gpt": 60,
     "v6_fast": 150,
+    "v7_training": 200,
 }
 MOST_LINES = {"data/__init__.py": 150, "v5_gpt.py": 240}
 
@@ -94,6 +126,8 @@ def parts(rung: str) -> dict[str, str]:
     def cut(node, prefix=""):
         target = getattr(node, "target", None)
         name = getattr(node, "name", None) or getattr(target, "id", None) or ast.unparse(node)
+        if isinstance(node, ast.ImportFrom):
+            name = f"from {node.module}"
         if isinstance(node, ast.ClassDef):
             head = [n for n in node.body if isinstance(n, ast.Expr)]
             starts.append((name, head[-1].end_lineno if head else node.lineno))
