@@ -57,7 +57,7 @@ class Config:
     n_layer: int = setting(6, 3, "blocks, one on top of the other", 1, 1001)
     dropout: float = setting(0.2, 0.0, "share of activations zeroed in training", 0, 1)
     learning_rate: float = setting(1e-3, 2e-3, "largest step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 3600, "training steps", 0)
+    max_iters: int = setting(5000, 4000, "training steps", 0)
     eval_interval: int = setting(500, 400, "steps between two loss estimates")
     eval_iters: int = setting(200, 25, "batches in a loss estimate")
     seed: int = setting(1337, 1337, "where the random numbers start", 0)
@@ -381,15 +381,14 @@ def train(
     optimizer = make_optimizer(model, cfg)
     run = torch.compile(model) if cfg.compile else model
     ddp_model = DistributedDataParallel(run) if world_size > 1 else run
-    first, log = 0, []
+    first, log = (state["step"], state["log"]) if state else (0, [])
     if state:
-        first, log = state["step"], state["log"]
         optimizer.load_state_dict(state["optimizer"])
         torch.set_rng_state(state["random"])
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first is noted, the next acts as ever
         signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
-    last_step, start = first, time.perf_counter()
+    last_step, start, speed = first, time.perf_counter(), 0.0
     with tqdm(total=cfg.max_iters, initial=first, desc="training", disable=rank > 0) as bar:
         for step in range(first, cfg.max_iters + 1):
             stop = torch.tensor(len(signals))  # ()
@@ -434,9 +433,8 @@ def train(
             optimizer.step()
             bar.update()
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    if rank == 0 and log[-1]["step"]:
-        share = utilisation(model, log[-1]["tokens_per_second"] / world_size, cfg)
-        print(f"model FLOPs utilisation: {share:.0%}")
+    if speed:
+        print(f"model FLOPs utilisation: {utilisation(model, speed / world_size, cfg):.0%}")
     return [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
 
 

@@ -97,6 +97,7 @@ COURSE = {
             "from dataclasses",
             "from torch",
             "Config.learning_rate",
+            "Config.max_iters",
             "train",
             "main",
         ],
