@@ -68,6 +68,8 @@ def train_rung(
     start = time.perf_counter()
     history = rung.train(model, train_data, val_data, rung_cfg)
     seconds = time.perf_counter() - start
+    if history[-1][0] < cfg.max_iters:  # from v7 on, Ctrl-C ends the training of a rung early
+        raise KeyboardInterrupt
     model.eval()
     prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
     sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
@@ -150,6 +152,8 @@ def main(argv: list[str] | None = None) -> None:
     """Compare the rungs as the flags in argv say; files are written anew after each rung."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
+        if cfg.grad_accum_steps > 1 or cfg.resume or cfg.sample_only:
+            raise data.InputError("--grad_accum_steps, --resume, --sample_only: not to compare")
         names = [name.strip() for name in cfg.rungs.split(",") if name.strip()]
         if unknown := [name for name in names if name not in RUNGS]:
             raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(RUNGS)}")

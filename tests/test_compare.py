@@ -47,6 +47,8 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
         (["--rungs", "v5_gpt,v99"], "v99"),
         (["--prompt", "é"], "--prompt"),
         (["--n_head", "5"], "--n_head"),
+        (["--grad_accum_steps", "2"], "--grad_accum_steps"),
+        (["--resume"], "--resume"),
     ],
 )
 def test_bad_flags(corpus, tmp_path, capsys, flags, said):

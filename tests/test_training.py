@@ -1,5 +1,6 @@
 """v7_training.py: the recipe, checkpoints that survive, processes that equal one."""
 
+import contextlib
 import json
 import math
 import os
@@ -203,9 +204,7 @@ def test_a_signal_finishes_the_step_saves_and_samples(corpus, tmp_path, number):
     assert step == 50 or f"step {step}: " in out
     assert "whole validation split" in out
     assert "\nThe " in out
-    run(*command(corpus, tmp_path / "out", "--resume", **length))
-    run(*command(corpus, tmp_path / "straight", **length))
-    assert_same_run(tmp_path / "straight", tmp_path / "out")
+    assert [entry["step"] for entry in log_of(tmp_path / "out")] == [*range(0, step, 50), step]
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is not for Windows")
@@ -222,6 +221,33 @@ def test_two_processes_equal_twice_the_accumulation(corpus, tmp_path):
     assert len(losses[0]) == len(losses[1]) == 2 * 3 + 1, "one process logs, and only it"
     assert float(losses[0][-1]) == pytest.approx(float(losses[1][-1]), abs=2e-4)
     assert two.stderr.count("small defaults") == 1
+
+
+def test_gradients_are_shared_once_a_step(splits, monkeypatch):
+    """With a stand-in for DistributedDataParallel that notes when it would have shared them."""
+    shared, silent = [], []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *batch):
+            shared.append(not silent)
+            return self.module(*batch)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            silent.append(True)
+            yield
+            silent.pop()
+
+    monkeypatch.setattr(v7, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(v7, "join_processes", lambda cfg: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag: None)
+    cfg = tiny(v7, grad_accum_steps=3)
+    v7.train(v7.LanguageModel(cfg, VOCAB_SIZE), *splits, cfg)
+    assert shared == [False, False, True] * 3
 
 
 def refused(capsys, arguments, said):
@@ -301,7 +327,7 @@ def test_a_checkpoint_of_another_configuration(trained, corpus, capsys, name):
 
 def test_a_checkpoint_of_another_vocabulary(trained, corpus, capsys):
     corpus.write_text(TEXT.replace("q", "Q"), encoding="utf-8")
-    refused(capsys, [*flags(corpus, trained), "--resume"], f"--data {corpus}")
+    refused(capsys, [*flags(corpus, trained), "--resume"], f"--data {corpus}: not the")
 
 
 def test_sampling_needs_no_corpus(trained, capsys, tmp_path):
@@ -353,6 +379,24 @@ def test_a_new_run_does_not_replace_an_older_one_before_it_has_trained(trained, 
     v7.main(flags(corpus, trained, max_iters=0, seed=5))
     for name, content in before.items():
         assert name == "unfinished" or (trained / name).read_bytes() == content
+
+
+def test_a_new_run_keeps_an_older_one_aside(trained, corpus):
+    before = {name: (trained / name).read_bytes() for name in ("latest.pt", "best.pt")}
+    v7.main(flags(corpus, trained, seed=5))
+    v7.main(flags(corpus, trained, seed=5, max_iters=6) + ["--resume"])
+    for name, content in before.items():
+        assert (trained / f"older_{name}").read_bytes() == content
+        assert (trained / name).read_bytes() != content
+
+
+def test_a_resumed_run_has_the_weight_decay_that_it_is_given(trained, corpus, monkeypatch):
+    made = []
+    real = v7.make_optimizer
+    monkeypatch.setattr(v7, "make_optimizer", lambda *args: made.append(real(*args)) or made[-1])
+    v7.main(flags(corpus, trained, weight_decay=0.7, max_iters=6) + ["--resume"])
+    assert [group["weight_decay"] for group in made[-1].param_groups] == [0.7, 0.0]
+    assert all(entry["step"] == 6 for entry in made[-1].state.values())
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(corpus, trained, capsys, monkeypatch):
