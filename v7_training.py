@@ -321,9 +321,9 @@ def load_checkpoint(cfg: Config) -> dict:
     """The state in best.pt to sample from, else in latest.pt; raises data.InputError for none."""
     path = Path(cfg.out_dir) / ("best.pt" if cfg.sample_only else "latest.pt")
     try:
-        if ZipFile(path).testzip():
-            raise ValueError("wrong checksum")
         state = torch.load(path, map_location="cpu", weights_only=True)  # and no code run
+        if ZipFile(path).testzip() or state["log"][-1]["step"] != state["step"]:
+            raise ValueError("a wrong checksum, or no state of train")
         shape = {n: state["config"][n] for n in ("block_size", "n_embd", "n_head", "n_layer")}
         model = LanguageModel(replace(cfg, dtype="auto", **shape), len(state["vocabulary"]))
         model.load_state_dict(state["model"])

@@ -280,6 +280,7 @@ class Trap:
 
 
 DAMAGES = ["cut", "empty", "text", "flipped", "foreign", "hostile", "without optimizer", "renamed"]
+DAMAGES += ["without log", "another step"]
 
 
 @pytest.mark.parametrize("mode", ["--resume", "--sample_only"])
@@ -302,6 +303,10 @@ def test_checkpoints_that_are_none(trained, corpus, capsys, tmp_path, damage, mo
         torch.save(state | {"log": Trap(tmp_path / "trapped")}, path)
     elif damage == "without optimizer":
         torch.save({name: part for name, part in state.items() if name != "optimizer"}, path)
+    elif damage == "without log":
+        torch.save({name: part for name, part in state.items() if name != "log"}, path)
+    elif damage == "another step":
+        torch.save(state | {"step": "three"}, path)
     elif damage == "renamed":
         model = {f"x.{name}": tensor for name, tensor in state["model"].items()}
         torch.save(state | {"model": model}, path)
