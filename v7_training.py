@@ -309,8 +309,8 @@ def save_checkpoint(state: dict, cfg: Config) -> None:
             if state["step"]:  # at step 0, to know that saving works is all
                 if len(log) == 2 and (folder / name).exists():  # of another run
                     (folder / name).replace(folder / f"older_{name}")
-                unfinished.replace(folder / name)
                 (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+                unfinished.replace(folder / name)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
             unfinished.unlink()
@@ -388,7 +388,7 @@ def train(
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):  # the first is noted, the next acts as ever
         signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
-    last_step, start, speed = first, time.perf_counter(), 0.0
+    last_step, start, speed = first, time.perf_counter(), log and log[-1]["tokens_per_second"]
     with tqdm(total=cfg.max_iters, initial=first, desc="training", disable=rank > 0) as bar:
         for step in range(first, cfg.max_iters + 1):
             stop = torch.tensor(len(signals))  # ()

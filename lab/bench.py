@@ -207,6 +207,8 @@ def main(argv: list[str] | None = None) -> None:
             raise data.InputError(f"--models: no {unknown}; there are {', '.join(MODELS)}")
         if "transformers" in names and not find_spec("transformers"):
             raise data.InputError("--models: no transformers; pip install -r requirements-dev.txt")
+        if cfg.n_embd % cfg.n_head:
+            raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         v6_fast.choose_dtype(replace(v6_fast.Config(), dtype=cfg.dtype, device=cfg.device))
         path = Path(cfg.out) / "bench.md"
         try:
