@@ -63,10 +63,7 @@ class Config:
 
 
 def choose_dtype(cfg: Config) -> str:
-    """The dtype of matrix products, "float32" or "bfloat16", that --dtype asks of the device.
-
-    Raises data.InputError where it is another, or bfloat16 on a device without such products.
-    """
+    """The dtype of matrix products, "float32" or "bfloat16"; data.InputError where it can't be."""
     on_cuda, on_cpu = cfg.device.startswith("cuda"), cfg.device.startswith("cpu")
     if on_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
@@ -79,8 +76,7 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype not in ("float32", "bfloat16"):
         raise data.InputError(f"--dtype {cfg.dtype}: name float32, bfloat16 or auto")
     if cfg.dtype == "bfloat16" and not has_bfloat16:
-        why = f"the device {cfg.device} has no fast bfloat16 products"
-        raise data.InputError(f"--dtype bfloat16: {why}; use --dtype float32")
+        raise data.InputError(f"--dtype bfloat16: not in the hardware of {cfg.device}; use float32")
     return cfg.dtype
 
 
@@ -201,21 +197,17 @@ class LanguageModel(nn.Module):
 
 
 def get_batch(tokens: np.ndarray | torch.Tensor, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Random windows of tokens and their targets, int64 (B, T), on the device without a wait.
-
-    tokens: where train has put them, on the device (a tensor) or in the main memory (an array).
-    """
+    """Random windows of tokens and their targets, int64 (B, T), on the device without a wait."""
     if isinstance(tokens, torch.Tensor):
         n_starts, device = len(tokens) - cfg.block_size, tokens.device
         starts = torch.randint(n_starts, (cfg.batch_size, 1), device=device)  # (B, 1)
         windows = tokens[starts + torch.arange(cfg.block_size + 1, device=device)]  # (B, T + 1)
         return windows[:, :-1].long(), windows[:, 1:].long()  # (B, T) and (B, T)
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
-    if not cfg.device.startswith("cuda"):
-        return x.to(cfg.device), y.to(cfg.device)
-    # From pinned memory the device fetches them by itself, while the program goes on.
-    x, y = x.pin_memory(), y.pin_memory()
-    return x.to(cfg.device, non_blocking=True), y.to(cfg.device, non_blocking=True)
+    if cfg.device.startswith("cuda"):  # it fetches from pinned memory while the program goes on
+        x, y = x.pin_memory(), y.pin_memory()
+    pinned = x.is_pinned()
+    return x.to(cfg.device, non_blocking=pinned), y.to(cfg.device, non_blocking=pinned)
 
 
 def utilisation(model: LanguageModel, tokens_per_second: float, cfg: Config) -> float:
@@ -227,8 +219,7 @@ def utilisation(model: LanguageModel, tokens_per_second: float, cfg: Config) -> 
         start = time.perf_counter()
         (a @ a)[0, 0].item()  # which waits for the device
         seconds.append(time.perf_counter() - start)
-    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
-    N = sum(linear.weight.numel() for linear in linears)
+    N = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     flops_per_token = 6 * N + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
     return tokens_per_second * flops_per_token * min(seconds) / (2 * n**3)
 

@@ -25,8 +25,8 @@ def code_lines(rung: str) -> list[str]:
 
 def changed_lines(before: str, after: str) -> int:
     """How many lines a diff of two rungs takes out or puts in, module docstrings left out."""
-    diff = difflib.ndiff(code_lines(before), code_lines(after))
-    return sum(line.startswith(("- ", "+ ")) for line in diff)
+    diff = difflib.unified_diff(code_lines(before), code_lines(after), n=0, lineterm="")
+    return sum(line[0] in "-+" for line in list(diff)[2:])  # below the names of the two files
 
 
 def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
