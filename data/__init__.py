@@ -99,10 +99,10 @@ class CharTokenizer:
         return "".join(self.characters[token] for token in tokens)
 
 
-def load_text(name: str) -> str:
+def load_text(name: str | Path, flag: str = "--data") -> str:
     """The corpus "shakespeare" or "python", or the UTF-8 text file at a path; lines end in "\\n".
 
-    Raises InputError for a path that can't be read as text.
+    Raises InputError, which names the flag, for a path that can't be read as text.
     """
     path = SHAKESPEARE if name == "shakespeare" else Path(name)
     if name == "shakespeare" and not path.exists():
@@ -119,9 +119,9 @@ def load_text(name: str) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")  # -sig: without the mark Notepad puts first
     except (OSError, ValueError) as error:  # Windows calls a folder a file without permission
-        raise InputError(f"--data {path}: {error}; name a UTF-8 text file, no folder") from None
+        raise InputError(f"{flag} {path}: {error}; name a UTF-8 text file, no folder") from None
     if not text or "\0" in text:
-        raise InputError(f"--data {path}: empty or binary; name a UTF-8 text file")
+        raise InputError(f"{flag} {path}: empty or binary; name a UTF-8 text file")
     return text
 
 

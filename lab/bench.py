@@ -1,13 +1,15 @@
-"""bench.py: training speed and peak memory of the rungs that have attention.
+"""bench.py: how fast the rungs with attention train, and in what memory; how fast they write.
 
-All train on the same shape, and so does the GPT-2 of the library transformers, for comparison.
-Each has a process of its own, and they take turns, one after another and round after round, so
-that whatever else the machine does slows all of them alike. A turn is a step to warm up, then the
-steps that count, from batch to optimizer, as the rung's own train() does them.
+All have the same shape, and so has the GPT-2 of the library transformers, for comparison. Each has
+a process of its own, and they take turns, one after another and round after round, so that
+whatever else the machine does slows all of them alike. A turn of training is a step to warm up,
+then the steps that count, from batch to optimizer, as the rung's own train() does them. A turn of
+generation fills the context, block_size tokens, from one token.
 
 Run it:   python lab/bench.py
           python lab/bench.py --models v5_gpt,v6_fast --batch_size 24 --block_size 64 --steps 50
-Writes:   lab/out/bench.md, a table of medians and their ratios to v5_gpt.py.
+          python lab/bench.py --models "" --writers v7_training,v8_sampling
+Writes:   lab/out/bench.md, two tables of medians, their ratios to v5_gpt.py and to v7_training.py.
 """
 
 import importlib
@@ -40,6 +42,8 @@ from data import setting
 from lab.ladder import RUNGS
 
 MODELS = [*RUNGS[1:], "transformers"]
+WRITERS = [*RUNGS[RUNGS.index("v7_training") :], "transformers"]
+SAMPLES = (1, 16)  # texts written at a time
 VOCAB_SIZE = 65  # that of Shakespeare
 
 
@@ -48,7 +52,7 @@ class Config:
     """What to measure and how often; the shape is that of full size, on every device."""
 
     batch_size: int = setting(64, 64, "windows in a batch")
-    block_size: int = setting(256, 256, "longest context, in tokens")
+    block_size: int = setting(256, 256, "longest context, in tokens", 2, 20_000)
     n_embd: int = setting(384, 384, "width: numbers in the vector of a token")
     n_head: int = setting(6, 6, "attention heads side by side, each n_embd / n_head wide")
     n_layer: int = setting(6, 6, "blocks, one on top of the other", 1, 1001)
@@ -57,6 +61,7 @@ class Config:
     compile: bool = setting(v6_fast.Config.compile, False, "use torch.compile in v6 and later", 0)
     device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
     models: str = setting(",".join(MODELS), ",".join(MODELS), "what to train, with commas between")
+    writers: str = setting(",".join(WRITERS), ",".join(WRITERS), "what to generate with")
     rounds: int = setting(5, 3, "turns of each model")
     steps: int = setting(50, 2, "training steps in a turn, after one to warm up")
     out: str = setting("lab/out", "lab/out", "folder for bench.md")
@@ -93,6 +98,13 @@ class Reference(nn.Module):
         logits = self.gpt2(idx, use_cache=False).logits  # (B, T, V)
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # and ()
 
+    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Continue token ids idx, int64 (B, T), with the library's own cache, drawing from all."""
+        return self.gpt2.generate(  # (B, T + max_new_tokens)
+            idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens,
+            do_sample=True, top_k=0, use_cache=True,
+        )
+
 
 def train_reference(
     model: Reference, train_data: np.ndarray, _: np.ndarray, cfg: v6_fast.Config
@@ -124,12 +136,17 @@ def be_quiet() -> None:
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
+def config_of(rung: Any, cfg: Config) -> Any:
+    """The Config of a rung with the shape to measure, and as many steps."""
+    values = asdict(cfg) | {"max_iters": 1 + cfg.steps, "eval_interval": 10**9, "eval_iters": 1}
+    known = {field.name for field in fields(rung.Config)}
+    return rung.Config(**{name: value for name, value in values.items() if name in known})
+
+
 def take_turn(name: str, cfg: Config) -> Turn:
     """Train a new model for 1 + steps steps in this process, and measure the last of them."""
     rung = v6_fast if name == "transformers" else importlib.import_module(name)
-    values = asdict(cfg) | {"max_iters": 1 + cfg.steps, "eval_interval": 10**9, "eval_iters": 1}
-    known = {field.name for field in fields(rung.Config)}
-    rung_cfg = rung.Config(**{name: value for name, value in values.items() if name in known})
+    rung_cfg = config_of(rung, cfg)
     make, train = rung.LanguageModel, rung.train
     if name == "transformers":
         make, train = Reference, train_reference
@@ -157,7 +174,7 @@ def take_turn(name: str, cfg: Config) -> Turn:
     dtype = v6_fast.choose_dtype(rung_cfg) if fused else "float32"
     with torch.device("meta"):  # what counts is the shape, which is the same here
         counted = v6_fast.LanguageModel(rung_cfg, VOCAB_SIZE) if make is Reference else model
-    n_layer = cfg.n_layer if "n_layer" in known else 1
+    n_layer = cfg.n_layer if hasattr(rung_cfg, "n_layer") else 1
     counted_cfg = v6_fast.Config(
         block_size=cfg.block_size, n_embd=cfg.n_embd, n_layer=n_layer, device=cfg.device,
         dtype=dtype,
@@ -166,8 +183,43 @@ def take_turn(name: str, cfg: Config) -> Turn:
     return Turn(tokens_per_second, share, gb_before, gb_after, dtype)
 
 
+def write_turn(name: str, cfg: Config, num_samples: int) -> float:
+    """Fill the context of a new model from one token, num_samples times at once: tokens/s."""
+    rung = v6_fast if name == "transformers" else importlib.import_module(name)
+    make = Reference if name == "transformers" else rung.LanguageModel
+    torch.manual_seed(0)
+    model = make(config_of(rung, cfg), VOCAB_SIZE).to(cfg.device).eval()
+    if hasattr(rung, "lay_out_for_rows"):
+        rung.lay_out_for_rows(model)
+    idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
+    model.generate(idx, min(8, cfg.block_size - 1))[0, 0].item()  # to warm up
+    start = time.perf_counter()
+    model.generate(idx, cfg.block_size - 1)[0, 0].item()  # which waits for the device
+    return num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
+
+
+def write_table(turns: dict[tuple[int, str], list[float]], cfg: Config) -> str:
+    """The speeds of generation in Markdown: how they were made, then a row a model."""
+    lines = [
+        f"Generation in the same shape: {cfg.block_size - 1} tokens after one, in so many texts at "
+        f"a time; the median of {cfg.rounds} turns, with the least and the most.",
+        "",
+        "| texts | model | tokens/s | least to most | times v7 |",
+        "|---:|---|---:|---:|---:|",
+    ]
+    for (num_samples, name), speeds in turns.items():
+        ratio = "-"
+        if (num_samples, "v7_training") in turns:
+            ratio = f"{median(speeds) / median(turns[num_samples, 'v7_training']):.2f}"
+        lines.append(
+            f"| {num_samples} | `{name}` | {median(speeds):,.0f} | {min(speeds):,.0f} to "
+            f"{max(speeds):,.0f} | {ratio} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
-    """The results in Markdown: how they were made, then a row a model."""
+    """The results of training in Markdown: how they were made, then a row a model."""
     on_gpu = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
     lines = [
@@ -198,14 +250,23 @@ def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
     return "\n".join(lines) + "\n"
 
 
+def names_in(flag: str, text: str, known: list[str]) -> list[str]:
+    """The names in text, each once; raises data.InputError for one that is not known."""
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if unknown := [name for name in names if name not in known]:
+        raise data.InputError(f"--{flag}: no {unknown}; there are {', '.join(known)}")
+    return names
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Measure as the flags in argv say; print the table and write it to a file."""
+    """Measure as the flags in argv say; print the tables and write them to a file."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
-        names = [name.strip() for name in cfg.models.split(",")]
-        if unknown := [name for name in names if name not in MODELS]:
-            raise data.InputError(f"--models: no {unknown}; there are {', '.join(MODELS)}")
-        if "transformers" in names and not find_spec("transformers"):
+        names = names_in("models", cfg.models, MODELS)
+        writers = names_in("writers", cfg.writers, WRITERS)
+        if not names + writers:
+            raise data.InputError("--models and --writers: both empty; name what to measure")
+        if "transformers" in names + writers and not find_spec("transformers"):
             raise data.InputError("--models: no transformers; pip install -r requirements-dev.txt")
         if cfg.n_embd % cfg.n_head:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
@@ -217,23 +278,32 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         turns = {name: [] for name in names}
+        write_turns = {(n, name): [] for n in SAMPLES for name in writers}
         with ExitStack() as stack:
             context = get_context("spawn")
             processes = {
                 name: stack.enter_context(ProcessPoolExecutor(1, context, be_quiet))
-                for name in names
+                for name in [*names, *(name for name in writers if name not in names)]
             }
-            bar = stack.enter_context(tqdm(total=cfg.rounds * len(names), desc="turns"))
-            for _ in range(cfg.rounds):
-                for name in names:
-                    try:
+            bar = tqdm(total=cfg.rounds * len([*turns, *write_turns]), desc="turns")
+            stack.enter_context(bar)
+            try:
+                for _ in range(cfg.rounds):
+                    for name in names:
                         turns[name].append(processes[name].submit(take_turn, name, cfg).result())
-                    except BrokenProcessPool:
-                        why = f"the process of {name} was ended, as for want of memory"
-                        raise data.InputError(f"{why}; try a smaller --batch_size") from None
-                    bar.update()
-        path.write_text(table(turns, cfg), encoding="utf-8")
-        print(table(turns, cfg))
+                        bar.update()
+                for _ in range(cfg.rounds):
+                    for n, name in write_turns:
+                        speed = processes[name].submit(write_turn, name, cfg, n).result()
+                        write_turns[n, name].append(speed)
+                        bar.update()
+            except BrokenProcessPool:
+                why = f"the process of {name} was ended, as for want of memory"
+                raise data.InputError(f"{why}; try a smaller --batch_size") from None
+        tables = [table(turns, cfg)] if names else []
+        tables += [write_table(write_turns, cfg)] if writers else []
+        path.write_text("\n".join(tables), encoding="utf-8")
+        print("\n".join(tables))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from matplotlib import pyplot as plt
 
 @dataclass
 class Config(v7_training.Config):
-    """The settings of the top rung, and what to compare."""
+    """The settings of training, those of v7_training.py, and what to compare."""
 
     rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")
     logs: str = setting("", "", "log.jsonl files to draw as well, with commas between")
@@ -62,7 +62,8 @@ def train_rung(
     """Train one rung and sample from it; val_loss is over the whole of val_data."""
     rung = importlib.import_module(name)
     values = asdict(cfg)
-    rung_cfg = rung.Config(**{field.name: values[field.name] for field in fields(rung.Config)})
+    known = {field.name for field in fields(rung.Config)} & set(values)
+    rung_cfg = rung.Config(**{name: values[name] for name in known})
     torch.manual_seed(cfg.seed)
     model = rung.LanguageModel(rung_cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
@@ -119,8 +120,10 @@ def read_log(name: str) -> list[tuple[int, float, float]]:
     """
     try:
         entries = map(json.loads, Path(name).read_text(encoding="utf-8").splitlines())
-        history = [(e["step"], float(e["train_loss"]), float(e["val_loss"])) for e in entries]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        history = [(int(e["step"]), float(e["train_loss"]), float(e["val_loss"])) for e in entries]
+        if not np.isfinite(history).all():
+            raise ValueError("a number in it is not finite")
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise data.InputError(f"--logs {name}: no log in JSON lines ({error})") from None
     if not history:
         raise data.InputError(f"--logs {name}: empty; wait for the first loss estimate")
@@ -157,7 +160,10 @@ def main(argv: list[str] | None = None) -> None:
         names = [name.strip() for name in cfg.rungs.split(",") if name.strip()]
         if unknown := [name for name in names if name not in RUNGS]:
             raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(RUNGS)}")
-        histories = {name: read_log(name) for name in cfg.logs.split(",") if name}
+        logs = [name.strip() for name in cfg.logs.split(",") if name.strip()]
+        histories = {name: read_log(name) for name in logs}
+        if not names and not logs:
+            raise data.InputError("--rungs and --logs: both empty; name what to compare")
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         splits = data.split(tokenizer.encode(text), cfg.block_size)

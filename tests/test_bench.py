@@ -1,5 +1,6 @@
 """The bench: what a turn measures, the table of medians, and its command line."""
 
+import importlib
 import subprocess
 import sys
 
@@ -81,21 +82,65 @@ def test_the_table_has_medians_and_ratios():
 
 def test_a_run_writes_what_it_prints(tmp_path):
     out = tmp_path / "new" / "out"
-    command = [sys.executable, "lab/bench.py", *FLAGS, "--models", "v6_fast,v5_gpt"]
+    command = [sys.executable, "lab/bench.py", *FLAGS, "--models", "v6_fast,v5_gpt,v6_fast"]
+    command += ["--writers", "v8_sampling, v7_training"]
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100
     )
     assert done.returncode == 0, done.stderr
     written = (out / "bench.md").read_text(encoding="utf-8")
     assert written in done.stdout
-    assert [row.split("`")[1] for row in written.splitlines()[-2:]] == ["v6_fast", "v5_gpt"]
-    assert "2/2" in done.stderr
+    rows = [row for row in written.splitlines() if "`" in row]
+    assert [row.split("`")[1] for row in rows[:2]] == ["v6_fast", "v5_gpt"]
+    starts = [f"| {n} | `{name}` |" for n in (1, 16) for name in ("v8_sampling", "v7_training")]
+    assert [row[: row.index("|", 6) + 1] for row in rows[2:]] == starts
+    assert [row.split("|")[-2].strip() == "1.00" for row in rows[2:]] == [False, True] * 2
+    assert "6/6" in done.stderr
+
+
+@pytest.mark.parametrize("name", bench.WRITERS)
+def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
+    """On a clock that goes on by a second from one look to the next."""
+    now, lengths = [0.0], []
+
+    def clock():
+        now[0] += 1
+        return now[0]
+
+    rung = v6_fast if name == "transformers" else importlib.import_module(name)
+    make = bench.Reference if name == "transformers" else rung.LanguageModel
+    real = make.generate
+
+    def generate(model, idx, max_new_tokens):
+        assert not model.training
+        out = real(model, idx, max_new_tokens)
+        lengths.append(tuple(out.shape))
+        return out
+
+    monkeypatch.setattr(make, "generate", generate)
+    monkeypatch.setattr(bench.time, "perf_counter", clock)
+    assert bench.write_turn(name, config(), 16) == 16 * 7
+    assert lengths == [(16, 8), (16, 8)]
+
+
+def test_the_table_of_writing_has_medians_and_ratios():
+    turns = {(1, "v7_training"): [10.0, 30.0, 20.0], (1, "v8_sampling"): [140.0, 100.0, 110.0]}
+    rows = bench.write_table(turns, config()).splitlines()[-2:]
+    assert rows == [
+        "| 1 | `v7_training` | 20 | 10 to 30 | 1.00 |",
+        "| 1 | `v8_sampling` | 110 | 100 to 140 | 5.50 |",
+    ]
+    del turns[1, "v7_training"]
+    assert bench.write_table(turns, config()).splitlines()[-1].endswith(" | - |")
 
 
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
         (["--models", "v5_gpt,v99"], "v99"),
+        (["--writers", "v6_fast"], "v6_fast"),
+        (["--models", ",", "--writers", ""], "both empty"),
+        (["--block_size", "20000"], "--block_size 20000"),
         (["--dtype", "half"], "--dtype half"),
         (["--rounds", "0"], "--rounds 0"),
         (["--out", "FILE"], "--out"),

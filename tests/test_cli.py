@@ -13,7 +13,7 @@ from conftest import TEXT, TINY, losses_and_sample, tiny_flags
 
 import data
 import v6_fast
-import v7_training as top_rung
+import v8_sampling as top_rung
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")
@@ -250,7 +250,7 @@ def test_a_console_without_the_characters_of_the_corpus(tmp_path):
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGINT for one process")
 def test_ctrl_c_ends_a_run_without_a_traceback(corpus):
     flags = [*tiny_flags(v6_fast, max_iters=10**9), "--data", str(corpus)]
-    process = subprocess.Popen(  # v7_training.py saves and samples first
+    process = subprocess.Popen(  # later ones save and sample first
         [sys.executable, "-u", "v6_fast.py", *flags],
         cwd=ROOT,
         stdout=subprocess.PIPE,

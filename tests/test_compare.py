@@ -49,6 +49,7 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
         (["--n_head", "5"], "--n_head"),
         (["--grad_accum_steps", "2"], "--grad_accum_steps"),
         (["--resume"], "--resume"),
+        (["--rungs", ","], "--rungs and --logs: both empty"),
     ],
 )
 def test_bad_flags(corpus, tmp_path, capsys, flags, said):
@@ -94,7 +95,11 @@ def test_logs_are_drawn_too(tmp_path, capsys, corpus):
     picture = matplotlib.image.imread(out / "compare.png")
     assert picture[..., :3].std() > 0.02
     capsys.readouterr()
-    for text in ("", "no JSON", "{}", '{"step": 1, "train_loss": "x", "val_loss": 1}', "[1]"):
+    wrong = ["", "no JSON", "{}", "[1]", "[" * 10**5]
+    for loss in ('"x"', "NaN", "1e999"):
+        wrong.append(f'{{"step": 1, "train_loss": {loss}, "val_loss": 1}}')
+    wrong.append('{"step": "one", "train_loss": 1, "val_loss": 1}')
+    for text in wrong:
         log.write_text(text, encoding="utf-8")
         with pytest.raises(SystemExit) as stop:
             compare.main([*flags, "--logs", str(log)])

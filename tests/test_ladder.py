@@ -102,6 +102,36 @@ COURSE = {
             "main",
         ],
     },
+    "v8_sampling": {
+        "lesson": "read each token once, and choose the next one with care",
+        "adds": [
+            "from collections.abc",
+            "from itertools",
+            "from typing",
+            "Config.prompt_file",
+            "Config.num_samples",
+            "Config.stop",
+            "Config.temperature",
+            "Config.top_k",
+            "Config.top_p",
+            "Config.repetition_penalty",
+            "LanguageModel.stream",
+            "apply_repetition_penalty",
+            "apply_temperature",
+            "apply_top_k",
+            "apply_top_p",
+            "choose_token",
+            "text_of",
+            "lay_out_for_rows",
+        ],
+        "changes": [
+            "MultiHeadAttention.forward",
+            "Block.forward",
+            "LanguageModel.forward",
+            "LanguageModel.generate",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = {
     "v2_single_head": 60,
@@ -110,6 +140,7 @@ MOST_CHANGED_LINES = {
     "v5_gpt": 60,
     "v6_fast": 150,
     "v7_training": 200,
+    "v8_sampling": 150,
 }
 MOST_LINES = {"data/__init__.py": 150, "v5_gpt.py": 240}
 

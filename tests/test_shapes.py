@@ -62,14 +62,17 @@ class ShapeTracer:
 
     def sizes(self, names) -> dict[str, int]:
         """What the letters and names in the comments stand for at this point of the run."""
-        known = {"B": TINY["batch_size"], "T": TINY["block_size"], "V": VOCAB_SIZE, "min": min}
+        known = {"B": TINY["batch_size"], "T": TINY["block_size"], "V": VOCAB_SIZE}
+        known |= {"min": min, "max": max}
         known |= {name: value for name, value in TINY.items() if isinstance(value, int)}
         known["head_size"] = TINY["n_embd"] // TINY["n_head"]
         known |= {name: value for name, value in names.items() if type(value) is int}
-        for name in ("idx", "x", "prompt"):
+        for name in ("idx", "x", "prompt", "logits"):
             if isinstance(names.get(name), torch.Tensor):
                 known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
                 break
+        if isinstance(names.get("cache"), torch.Tensor):
+            known.setdefault("end", names["cache"].shape[-2])
         return known
 
     def check(self, node, sizes, names, returned):
@@ -108,6 +111,11 @@ def test_shape_comments_of_a_rung(rung, corpus):
 
     def run():
         rung.main(flags)
+        if hasattr(rung, "choose_token"):
+            more = ["--temperature", "0.9", "--top_k", "9", "--top_p", "0.9"]
+            rung.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
+            rung.main([*flags, "--sample_only", "--temperature", "0"])
+            rung.LanguageModel(tiny(rung), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
         if hasattr(rung, "get_batch"):  # its way for tokens that are on the device
             rung.get_batch(torch.zeros(50, dtype=torch.int32), tiny(rung))
 
