@@ -267,7 +267,7 @@ def train(
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                model.ln_f.bias[0].item()  # waits until the device has caught up
+                model.lm_head.weight[0, 0].item()  # waits until the device has caught up
                 n_tokens = (step - last_step) * cfg.batch_size * cfg.block_size
                 speed = n_tokens / (time.perf_counter() - start)
                 train_loss = estimate_loss(run, train_data, cfg)

@@ -283,13 +283,9 @@ def learning_rate_at(step: int, cfg: Config) -> float:
 
 
 def save_checkpoint(state: dict, cfg: Config) -> None:
-    """Write latest.pt and log.jsonl into out_dir, and best.pt where no loss was lower so far.
-
-    A checkpoint is replaced by a whole one or stays. Raises data.InputError where it must stay.
-    """
+    """Replace latest.pt and, at the least loss so far, best.pt by whole files, or InputError."""
     folder, log, unfinished = Path(cfg.out_dir), state["log"], Path(cfg.out_dir, "unfinished")
     is_best = log[-1]["val_loss"] == min(entry["val_loss"] for entry in log[1:] or log)
-    lines = "".join(json.dumps(entry) + "\n" for entry in log)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ["best.pt", "latest.pt"] if is_best else ["latest.pt"]:
@@ -300,7 +296,8 @@ def save_checkpoint(state: dict, cfg: Config) -> None:
             if state["step"]:  # at step 0, to know that saving works is all
                 if len(log) == 2 and (folder / name).exists():  # of another run
                     (folder / name).replace(folder / f"older_{name}")
-                (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+                lines = (json.dumps(entry) + "\n" for entry in log)
+                (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
                 unfinished.replace(folder / name)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -318,7 +315,10 @@ def load_checkpoint(cfg: Config) -> dict:
         shape = {n: state["config"][n] for n in ("block_size", "n_embd", "n_head", "n_layer")}
         model = LanguageModel(replace(cfg, dtype="auto", **shape), len(state["vocabulary"]))
         model.load_state_dict(state["model"])
-        make_optimizer(model, cfg).load_state_dict(state["optimizer"])
+        (optimizer := make_optimizer(model, cfg)).load_state_dict(state["optimizer"])
+        for p, averages in optimizer.state.items():  # of shapes that its kernel does not check
+            torch.stack((p, averages["exp_avg"], averages["exp_avg_sq"]))
+        torch.Generator().set_state(state["random"])
     except Exception:  # what it is depends on the damage
         raise data.InputError(f"--out_dir: {path} is missing or damaged; train first") from None
     for name, saved in shape.items():
@@ -387,7 +387,7 @@ def train(
                 distributed.all_reduce(stop)  # on the CPU; all end with the same step
             due = stop or step % cfg.eval_interval == 0 or step == cfg.max_iters
             if due and rank == 0 and not (log and log[-1]["step"] == step):
-                model.ln_f.bias[0].item()  # waits until the device has caught up
+                model.lm_head.weight[0, 0].item()  # waits until the device has caught up
                 seconds = time.perf_counter() - start
                 n_tokens = (step - last_step) * cfg.batch_size * cfg.block_size
                 speed = n_tokens * cfg.grad_accum_steps * world_size / seconds

@@ -1,19 +1,21 @@
 """v8_sampling.py: from logits to text: a cache for speed, and ways to choose a token.
 
-For each new token, v7 reads the whole context again. But the keys and values of a position never
-change, since nothing later takes part in them. So they are kept, and a step reads one token (Pope
-et al. 2022, section 3.3). The next is drawn from softmax(x), after these steps on the logits x:
+For each new token, v7 reads the whole context again. But while the text fits block_size, a later
+token changes no key or value of an earlier one. So v8 keeps them in a cache, and a step reads the
+newest token alone (Pope et al. 2022). When the cache is full, the last half of the context is read
+again, from position 0. A token is drawn from softmax(x), after these steps on its logits x:
 
-    repetition_penalty r   x / r, or x r where x < 0, for tokens used before (Keskar et al. 2019)
-    temperature t          x / t: sharper below 1, flatter above; at 0 the likeliest token is taken
+    repetition_penalty r   x / r for each token that is in the text already (Keskar et al. 2019);
+                           but x r where x < 0, as in transformers: x / r would raise it
+    temperature t          x / t: sharper below 1, flatter above; at 0 the likeliest is taken
     top_k                  -inf for all but the k largest (Fan et al. 2018)
-    top_p                  -inf for all but the fewest with a share of p (Holtzman et al. 2020)
+    top_p                  -inf for all but the fewest whose share is p (Holtzman et al. 2020)
 
 New here: the cache, choose_token and its four steps, LanguageModel.stream, text that shows as it
           is made and can end at --stop, several samples at once, prompts from files.
 Run it:   python v8_sampling.py --prompt "ROMEO:" --temperature 0.8
           python v8_sampling.py --resume --sample_only --prompt "ROMEO:" --top_p 0.9
-Expect:   the losses of v7_training.py and, for the same seed, its text up to block_size tokens.
+Expect:   the losses of v7_training.py and, in float32, its text up to block_size characters.
 """
 
 import ctypes
@@ -77,11 +79,11 @@ class Config:
     resume: bool = setting(False, False, "go on from latest.pt in out_dir; repeat the flags", 0)
     sample_only: bool = setting(False, False, "only sample, from best.pt in out_dir", 0)
     prompt_file: str = setting("", "", "a text file with the prompt, instead of --prompt")
-    num_samples: int = setting(1, 1, "samples, made as one batch")
-    stop: str = setting("", "", "a text before which a sample ends")
+    num_samples: int = setting(1, 1, "samples, made as one batch", 1, 1025)
+    stop: str = setting("", "", "a sample ends before this text")
     temperature: float = setting(1.0, 1.0, "below 1 sharper, above 1 flatter, 0 greedy", 0)
-    top_k: int = setting(65536, 65536, "how many tokens, the likeliest, to draw from")
-    top_p: float = setting(1.0, 1.0, "share of the likeliest to draw from", 1e-9, 1 + 1e-9)
+    top_k: int = setting(65536, 65536, "draw from so many likeliest tokens; 65536: all")
+    top_p: float = setting(1.0, 1.0, "draw from the likeliest up to this share", 1e-9, 1 + 1e-9)
     repetition_penalty: float = setting(1.0, 1.0, "above 1 discourages repeats", 0.01, 101)
 
 
@@ -129,7 +131,7 @@ class MultiHeadAttention(nn.Module):
         # of the values that the weights multiply: as many zeros in the sum, the same expectation.
         dropout_p = self.dropout.p if x.is_cuda and self.training else 0.0
         value = value if x.is_cuda else self.dropout(value)  # (B, n_head, T, head_size)
-        if cache is not None:  # (2, B, n_head, end, head_size), with room for T at the end
+        if cache is not None:  # (2, B, n_head, end, head_size), where T is end or 1
             cache[:, :, :, -x.shape[1] :] = torch.stack((key, value))
             key, value = cache  # (B, n_head, end, head_size) each
         heads = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
@@ -205,7 +207,7 @@ class LanguageModel(nn.Module):
         positions = torch.arange(end - idx.shape[1], end, device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         # Weights, residual connections and losses stay float32; only the products are shortened.
-        shorten = self.use_bfloat16 and cache is None  # to cast weights for one token is slower
+        shorten = self.use_bfloat16 and cache is None  # to cast weights for each token is slower
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=shorten):
             for i, block in enumerate(self.blocks):
                 x = block(x, None if cache is None else cache[i])  # (B, T, n_embd)
@@ -218,14 +220,14 @@ class LanguageModel(nn.Module):
     @torch.inference_mode()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, **how: Any) -> Iterator[torch.Tensor]:
         """Yield tokens, (B, 1) each, that continue idx, int64 (B, T); how is for choose_token."""
-        n_head, n_embd = self.blocks[0].attention.n_head, self.ln_f.weight.numel()
+        n_head, n_embd = self.blocks[0].attention.n_head, self.token_embedding.embedding_dim
         size = (len(self.blocks), 2, len(idx), n_head, self.block_size, n_embd // n_head)
-        cache, end = torch.empty(size, device=idx.device), 0  # keys and values of end positions
+        cache, end = self.lm_head.weight.new_empty(size), 0  # end: how many positions it holds
         tokens = idx[:, -self.block_size :]  # (B, min(T, block_size))
         for _ in range(max_new_tokens):
             if end + tokens.shape[1] > self.block_size:
-                # The cache is full, and learned positions, part of what it holds, can't slide: the
-                # last half of the text in view is read again from position 0.
+                # The cache is full, and its keys and values were made of learned positions, so they
+                # can't move up. The last half of the context is read again, from position 0.
                 tokens = idx[:, -max(1, self.block_size // 2) :]  # (B, max(1, block_size // 2))
                 end = 0
             end += tokens.shape[1]
@@ -241,12 +243,10 @@ class LanguageModel(nn.Module):
         return torch.cat((idx, *stream), dim=1)  # (B, T + max_new_tokens)
 
 
-def apply_repetition_penalty(
-    logits: torch.Tensor, idx: torch.Tensor, repetition_penalty: float
-) -> torch.Tensor:
-    """Logits (B, V), made smaller for the tokens in idx, int64 (B, T), by a penalty above 1."""
+def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
+    """Logits (B, V), lowered for the tokens in idx, int64 (B, T), by a penalty r above 1."""
     used = logits.gather(1, idx)  # (B, T)
-    used = torch.where(used < 0, used * repetition_penalty, used / repetition_penalty)  # (B, T)
+    used = torch.where(used < 0, used * r, used / r)  # (B, T)
     return logits.scatter(1, idx, used)  # (B, V)
 
 
@@ -262,7 +262,7 @@ def apply_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Logits (B, V), with -inf for the least likely that share 1 - top_p; the likeliest stays."""
+    """Logits (B, V), with -inf for the least likely up to 1 - top_p in all; the likeliest stays."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
     dropped = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - top_p  # (B, V)
     dropped[:, -1] = False
@@ -274,12 +274,10 @@ def choose_token(
     top_p: float = 1.0, repetition_penalty: float = 1.0,
 ) -> torch.Tensor:
     """Draw the token after idx, int64 (B, T), by its logits (B, V); returns it as int64 (B, 1)."""
-    if repetition_penalty != 1:
-        logits = apply_repetition_penalty(logits, idx, repetition_penalty)  # (B, V)
-    if temperature == 0:
+    logits = apply_repetition_penalty(logits, idx, repetition_penalty)  # (B, V)
+    if temperature < 1e-6:  # as good as 0, and too small to divide by
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
-    # The largest is made 0, so that no temperature is too small to divide by.
-    logits = apply_temperature(logits - logits.amax(dim=1, keepdim=True), temperature)  # (B, V)
+    logits = apply_temperature(logits, temperature)  # (B, V)
     if top_k < logits.shape[1]:
         logits = apply_top_k(logits, top_k)  # (B, V)
     if top_p < 1:
@@ -360,13 +358,9 @@ def learning_rate_at(step: int, cfg: Config) -> float:
 
 
 def save_checkpoint(state: dict, cfg: Config) -> None:
-    """Write latest.pt and log.jsonl into out_dir, and best.pt where no loss was lower so far.
-
-    A checkpoint is replaced by a whole one or stays. Raises data.InputError where it must stay.
-    """
+    """Replace latest.pt and, at the least loss so far, best.pt by whole files, or InputError."""
     folder, log, unfinished = Path(cfg.out_dir), state["log"], Path(cfg.out_dir, "unfinished")
     is_best = log[-1]["val_loss"] == min(entry["val_loss"] for entry in log[1:] or log)
-    lines = "".join(json.dumps(entry) + "\n" for entry in log)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name in ["best.pt", "latest.pt"] if is_best else ["latest.pt"]:
@@ -377,7 +371,8 @@ def save_checkpoint(state: dict, cfg: Config) -> None:
             if state["step"]:  # at step 0, to know that saving works is all
                 if len(log) == 2 and (folder / name).exists():  # of another run
                     (folder / name).replace(folder / f"older_{name}")
-                (folder / "log.jsonl").write_text(lines, encoding="utf-8")
+                lines = (json.dumps(entry) + "\n" for entry in log)
+                (folder / "log.jsonl").write_text("".join(lines), encoding="utf-8")
                 unfinished.replace(folder / name)
     except (OSError, RuntimeError) as error:
         with suppress(OSError):
@@ -395,7 +390,10 @@ def load_checkpoint(cfg: Config) -> dict:
         shape = {n: state["config"][n] for n in ("block_size", "n_embd", "n_head", "n_layer")}
         model = LanguageModel(replace(cfg, dtype="auto", **shape), len(state["vocabulary"]))
         model.load_state_dict(state["model"])
-        make_optimizer(model, cfg).load_state_dict(state["optimizer"])
+        (optimizer := make_optimizer(model, cfg)).load_state_dict(state["optimizer"])
+        for p, averages in optimizer.state.items():  # of shapes that its kernel does not check
+            torch.stack((p, averages["exp_avg"], averages["exp_avg_sq"]))
+        torch.Generator().set_state(state["random"])
     except Exception:  # what it is depends on the damage
         raise data.InputError(f"--out_dir: {path} is missing or damaged; train first") from None
     for name, saved in shape.items():
@@ -464,7 +462,7 @@ def train(
                 distributed.all_reduce(stop)  # on the CPU; all end with the same step
             due = stop or step % cfg.eval_interval == 0 or step == cfg.max_iters
             if due and rank == 0 and not (log and log[-1]["step"] == step):
-                model.ln_f.bias[0].item()  # waits until the device has caught up
+                model.lm_head.weight[0, 0].item()  # waits until the device has caught up
                 seconds = time.perf_counter() - start
                 n_tokens = (step - last_step) * cfg.batch_size * cfg.block_size
                 speed = n_tokens * cfg.grad_accum_steps * world_size / seconds
@@ -522,11 +520,11 @@ def text_of(tokens: Iterator[int], tokenizer: data.CharTokenizer, stop: str) -> 
         held = max((n for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
         yield text[: len(text) - held]
         text = text[len(text) - held :]
-    yield text + tokenizer.decode(open_tokens)
+    yield (text + tokenizer.decode(open_tokens)).partition(stop or "\0")[0]  # no text has a \0
 
 
 def lay_out_for_rows(model: LanguageModel) -> None:
-    """Store wide weights column by column, which suits CPUs where T is 1; no training after it."""
+    """Store wide layers' weights by columns: faster on a CPU for few rows; no training after it."""
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features > module.in_features:
             module.weight.data = module.weight.data.T.contiguous().T
@@ -543,9 +541,11 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = data.CharTokenizer(text)
         if state and state["vocabulary"] != tokenizer.characters:
             raise data.InputError(f"--data {cfg.data}: not the text of the checkpoint; use that")
+        flag, start = "--prompt", cfg.prompt or "\n"
         if cfg.prompt_file:
-            cfg.prompt = data.load_text(Path(cfg.prompt_file), "--prompt_file")
-        prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+            flag, start = "--prompt_file", data.load_text(Path(cfg.prompt_file), "--prompt_file")
+        prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
+        tokenizer.encode(cfg.stop, "--stop")  # else it would never come
         splits = () if cfg.sample_only else data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -567,8 +567,8 @@ def main(argv: list[str] | None = None) -> None:
             prompt.expand(cfg.num_samples, -1), cfg.max_new_tokens, temperature=cfg.temperature,
             top_k=cfg.top_k, top_p=cfg.top_p, repetition_penalty=cfg.repetition_penalty,
         )
-        for i, steps in enumerate(tee(stream, cfg.num_samples)):  # a step is made when first asked
-            print("---\n" * (i > 0) + tokenizer.decode(prompt[0].tolist()), end="", flush=True)
+        for i, steps in enumerate(tee(stream, cfg.num_samples)):  # one asks, all get a step
+            print("---\n" * (i > 0) + start, end="", flush=True)
             for piece in text_of((step[i].item() for step in steps), tokenizer, cfg.stop):
                 print(piece, end="", flush=True)
             print()

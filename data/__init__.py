@@ -88,10 +88,10 @@ class CharTokenizer:
         self.n_vocab = len(self.characters)
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text; raises InputError, with their names, for characters unknown."""
+    def encode(self, text: str, flag: str = "--prompt") -> list[int]:
+        """Token ids of text; raises InputError, with the flag's name, for characters unknown."""
         if unknown := ", ".join(map(repr, sorted(set(text) - set(self.ids)))):
-            raise InputError(f"--prompt: the corpus lacks {unknown}; use only what it contains")
+            raise InputError(f"{flag}: the corpus lacks {unknown}; use only what it contains")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens: list[int]) -> str:

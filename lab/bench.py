@@ -1,9 +1,9 @@
 """bench.py: how fast the rungs with attention train, and in what memory; how fast they write.
 
-All have the same shape, and so has the GPT-2 of the library transformers, for comparison. Each has
-a process of its own, and they take turns, one after another and round after round, so that
-whatever else the machine does slows all of them alike. A turn of training is a step to warm up,
-then the steps that count, from batch to optimizer, as the rung's own train() does them. A turn of
+All have the same shape, and so has the GPT-2 of the library transformers, for comparison. They take
+turns, one after another and round after round, so that whatever else the machine does slows all of
+them alike; each turn has a process of its own. A turn of training is a step to warm up, then the
+steps that count, from batch to optimizer, as the rung's own train() does them. A turn of
 generation fills the context, block_size tokens, from one token.
 
 Run it:   python lab/bench.py
@@ -19,7 +19,6 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -183,50 +182,63 @@ def take_turn(name: str, cfg: Config) -> Turn:
     return Turn(tokens_per_second, share, gb_before, gb_after, dtype)
 
 
-def write_turn(name: str, cfg: Config, num_samples: int) -> float:
-    """Fill the context of a new model from one token, num_samples times at once: tokens/s."""
+def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
+    """Fill a new model's context from one token, num_samples times at once: tokens/s and dtype."""
     rung = v6_fast if name == "transformers" else importlib.import_module(name)
     make = Reference if name == "transformers" else rung.LanguageModel
     torch.manual_seed(0)
-    model = make(config_of(rung, cfg), VOCAB_SIZE).to(cfg.device).eval()
+    config = config_of(rung, cfg)
+    model = make(config, VOCAB_SIZE).to(cfg.device).eval()
     if hasattr(rung, "lay_out_for_rows"):
         rung.lay_out_for_rows(model)
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
     model.generate(idx, min(8, cfg.block_size - 1))[0, 0].item()  # to warm up
     start = time.perf_counter()
     model.generate(idx, cfg.block_size - 1)[0, 0].item()  # which waits for the device
-    return num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
+    speed = num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
+    # From v8 on, generation is in float32, whatever the dtype of training.
+    return speed, v6_fast.choose_dtype(config) if name == "v7_training" else "float32"
 
 
-def write_table(turns: dict[tuple[int, str], list[float]], cfg: Config) -> str:
+def circumstances(cfg: Config) -> str:
+    """The shape of the models and the machine, in words."""
+    on_gpu = cfg.device.startswith("cuda")
+    machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
+    return (
+        f"block_size {cfg.block_size}, n_embd {cfg.n_embd}, n_head {cfg.n_head}, n_layer "
+        f"{cfg.n_layer}, {VOCAB_SIZE} tokens; PyTorch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine})"
+    )
+
+
+def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Config) -> str:
     """The speeds of generation in Markdown: how they were made, then a row a model."""
     lines = [
-        f"Generation in the same shape: {cfg.block_size - 1} tokens after one, in so many texts at "
-        f"a time; the median of {cfg.rounds} turns, with the least and the most.",
+        f"Generation with {circumstances(cfg)}: {cfg.block_size - 1} tokens after a first one, for "
+        f"1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
+        "the least and the most.",
         "",
-        "| texts | model | tokens/s | least to most | times v7 |",
-        "|---:|---|---:|---:|---:|",
+        "| texts | model | dtype | tokens/s | least to most | times v7 |",
+        "|---:|---|---|---:|---:|---:|",
     ]
-    for (num_samples, name), speeds in turns.items():
+    medians = {key: median(speed for speed, _ in results) for key, results in turns.items()}
+    for (num_samples, name), results in turns.items():
+        speeds = [speed for speed, _ in results]
         ratio = "-"
         if (num_samples, "v7_training") in turns:
-            ratio = f"{median(speeds) / median(turns[num_samples, 'v7_training']):.2f}"
+            ratio = f"{medians[num_samples, name] / medians[num_samples, 'v7_training']:.2f}"
         lines.append(
-            f"| {num_samples} | `{name}` | {median(speeds):,.0f} | {min(speeds):,.0f} to "
-            f"{max(speeds):,.0f} | {ratio} |"
+            f"| {num_samples} | `{name}` | {results[0][1]} | {medians[num_samples, name]:,.0f} | "
+            f"{min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
         )
     return "\n".join(lines) + "\n"
 
 
 def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
     """The results of training in Markdown: how they were made, then a row a model."""
-    on_gpu = cfg.device.startswith("cuda")
-    machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
     lines = [
-        f"Training with batch_size {cfg.batch_size}, block_size {cfg.block_size}, n_embd "
-        f"{cfg.n_embd}, n_head {cfg.n_head}, n_layer {cfg.n_layer}, dropout {cfg.dropout:g}, "
-        f"{VOCAB_SIZE} tokens; PyTorch {torch.__version__}, {torch.get_num_threads()} threads, on "
-        f"{cfg.device} ({machine}), torch.compile {'on' if cfg.compile else 'off'}. Tokens/s: the "
+        f"Training with batch_size {cfg.batch_size}, dropout {cfg.dropout:g}, "
+        f"{circumstances(cfg)}, torch.compile {'on' if cfg.compile else 'off'}. Tokens/s: the "
         f"median of {cfg.rounds} turns of {cfg.steps} steps, with the least and the most. Memory: "
         "the most that was in use, less what was before there was a model. Utilisation: of the "
         "rate of a matrix product of the same dtype.",
@@ -240,8 +252,8 @@ def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
         if "v5_gpt" in turns:
             ratio = f"{median(speeds[name]) / median(speeds['v5_gpt']):.2f}"
         memory = "-"
-        if t[-1].gb_after is not None:
-            memory = f"{t[-1].gb_after - t[0].gb_before:.2f} GB"
+        if all(turn.gb_after is not None for turn in t):
+            memory = f"{max(turn.gb_after - turn.gb_before for turn in t):.2f} GB"
         lines.append(
             f"| `{name}` | {t[0].dtype} | {median(speeds[name]):,.0f} | {min(speeds[name]):,.0f} "
             f"to {max(speeds[name]):,.0f} | {ratio} | "
@@ -267,7 +279,8 @@ def main(argv: list[str] | None = None) -> None:
         if not names + writers:
             raise data.InputError("--models and --writers: both empty; name what to measure")
         if "transformers" in names + writers and not find_spec("transformers"):
-            raise data.InputError("--models: no transformers; pip install -r requirements-dev.txt")
+            why = "no transformers; pip install -r requirements-dev.txt"
+            raise data.InputError(f"--models, --writers: {why}")
         if cfg.n_embd % cfg.n_head:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         v6_fast.choose_dtype(replace(v6_fast.Config(), dtype=cfg.dtype, device=cfg.device))
@@ -279,27 +292,16 @@ def main(argv: list[str] | None = None) -> None:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         turns = {name: [] for name in names}
         write_turns = {(n, name): [] for n in SAMPLES for name in writers}
-        with ExitStack() as stack:
-            context = get_context("spawn")
-            processes = {
-                name: stack.enter_context(ProcessPoolExecutor(1, context, be_quiet))
-                for name in [*names, *(name for name in writers if name not in names)]
-            }
-            bar = tqdm(total=cfg.rounds * len([*turns, *write_turns]), desc="turns")
-            stack.enter_context(bar)
+        train_round = [(turns[name], take_turn, name, cfg) for name in names]
+        write_round = [(write_turns[n, name], write_turn, name, cfg, n) for n, name in write_turns]
+        todo = train_round * cfg.rounds + write_round * cfg.rounds
+        for results, turn, name, *more in tqdm(todo, desc="turns"):
             try:
-                for _ in range(cfg.rounds):
-                    for name in names:
-                        turns[name].append(processes[name].submit(take_turn, name, cfg).result())
-                        bar.update()
-                for _ in range(cfg.rounds):
-                    for n, name in write_turns:
-                        speed = processes[name].submit(write_turn, name, cfg, n).result()
-                        write_turns[n, name].append(speed)
-                        bar.update()
+                with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
+                    results.append(process.submit(turn, name, *more).result())
             except BrokenProcessPool:
                 why = f"the process of {name} was ended, as for want of memory"
-                raise data.InputError(f"{why}; try a smaller --batch_size") from None
+                raise data.InputError(f"{why}; try a smaller --n_embd or --batch_size") from None
         tables = [table(turns, cfg)] if names else []
         tables += [write_table(write_turns, cfg)] if writers else []
         path.write_text("\n".join(tables), encoding="utf-8")

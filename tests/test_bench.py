@@ -119,16 +119,19 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
 
     monkeypatch.setattr(make, "generate", generate)
     monkeypatch.setattr(bench.time, "perf_counter", clock)
-    assert bench.write_turn(name, config(), 16) == 16 * 7
+    assert bench.write_turn(name, config(), 16) == (16 * 7, "float32")
     assert lengths == [(16, 8), (16, 8)]
 
 
 def test_the_table_of_writing_has_medians_and_ratios():
-    turns = {(1, "v7_training"): [10.0, 30.0, 20.0], (1, "v8_sampling"): [140.0, 100.0, 110.0]}
+    turns = {
+        (1, "v7_training"): [(10.0, "bfloat16"), (30.0, "bfloat16"), (20.0, "bfloat16")],
+        (1, "v8_sampling"): [(140.0, "float32"), (100.0, "float32"), (110.0, "float32")],
+    }
     rows = bench.write_table(turns, config()).splitlines()[-2:]
     assert rows == [
-        "| 1 | `v7_training` | 20 | 10 to 30 | 1.00 |",
-        "| 1 | `v8_sampling` | 110 | 100 to 140 | 5.50 |",
+        "| 1 | `v7_training` | bfloat16 | 20 | 10 to 30 | 1.00 |",
+        "| 1 | `v8_sampling` | float32 | 110 | 100 to 140 | 5.50 |",
     ]
     del turns[1, "v7_training"]
     assert bench.write_table(turns, config()).splitlines()[-1].endswith(" | - |")
