@@ -97,10 +97,9 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = self.query_key_value(x).split(x.shape[2], dim=2)  # (B, T, n_embd) each
-        query, key, value = (  # (B, n_head, T, head_size) each
-            part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in parts
-        )
+        parts = self.query_key_value(x).unflatten(2, (3, self.n_head, -1))
+        parts = parts.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
+        query, key, value = parts  # (B, n_head, T, head_size) each
         # CUDA's kernel drops attention weights as it goes. The CPU's can't: asked to, PyTorch takes
         # the slow way through (B, n_head, T, T) tensors. So, off CUDA, what is dropped are numbers
         # of the values that the weights multiply: as many zeros in the sum, the same expectation.

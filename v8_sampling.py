@@ -122,17 +122,16 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: torch.Tensor, cache: torch.Tensor | None = None) -> torch.Tensor:
-        parts = self.query_key_value(x).split(x.shape[2], dim=2)  # (B, T, n_embd) each
-        query, key, value = (  # (B, n_head, T, head_size) each
-            part.unflatten(2, (self.n_head, -1)).transpose(1, 2) for part in parts
-        )
+        parts = self.query_key_value(x).unflatten(2, (3, self.n_head, -1))
+        parts = parts.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
+        query, key, value = parts  # (B, n_head, T, head_size) each
         # CUDA's kernel drops attention weights as it goes. The CPU's can't: asked to, PyTorch takes
         # the slow way through (B, n_head, T, T) tensors. So, off CUDA, what is dropped are numbers
         # of the values that the weights multiply: as many zeros in the sum, the same expectation.
         dropout_p = self.dropout.p if x.is_cuda and self.training else 0.0
         value = value if x.is_cuda else self.dropout(value)  # (B, n_head, T, head_size)
         if cache is not None:  # (2, B, n_head, end, head_size), where T is end or 1
-            cache[:, :, :, -x.shape[1] :] = torch.stack((key, value))
+            cache[:, :, :, -x.shape[1] :] = parts[1:]
             key, value = cache  # (B, n_head, end, head_size) each
         heads = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=x.shape[1] > 1

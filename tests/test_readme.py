@@ -79,6 +79,8 @@ def test_losses_fall_from_rung_to_rung():
     for before, after in PAIRS:
         if after == "v6_fast":  # the same function: what differs is the draw of the first weights
             assert abs(losses[after] - losses[before]) < 0.02
+        elif after == "v8_sampling":  # it trains as the one before
+            assert losses[after] == losses[before]
         else:
             assert losses[after] < losses[before]
     assert losses["v5_gpt"] <= 1.70
@@ -86,7 +88,9 @@ def test_losses_fall_from_rung_to_rung():
 
 def test_the_readme_has_the_bench_as_it_was_written():
     bench = (ROOT / "lab" / "bench.md").read_text(encoding="utf-8")
-    rows = [line for line in bench.splitlines() if line.startswith("| `")]
-    assert len(rows) == len(RUNGS)  # all but the bigram, and transformers
+    rows = [line for line in bench.splitlines() if "`" in line]
+    models = [*RUNGS[1:], "transformers"]
+    writers = ["v7_training", "v8_sampling", "transformers"]
+    assert [row.split("`")[1] for row in rows] == models + 2 * writers
     for row in rows:
         assert row in README
