@@ -97,7 +97,8 @@ class MultiHeadAttention(nn.Module):
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        parts = self.query_key_value(x).unflatten(2, (3, self.n_head, -1))
+        parts = self.query_key_value(x)  # (B, T, 3 * n_embd)
+        parts = parts.unflatten(2, (3, self.n_head, -1))  # (B, T, 3, n_head, head_size)
         parts = parts.permute(2, 0, 3, 1, 4)  # (3, B, n_head, T, head_size)
         query, key, value = parts  # (B, n_head, T, head_size) each
         # CUDA's kernel drops attention weights as it goes. The CPU's can't: asked to, PyTorch takes
