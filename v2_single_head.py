@@ -34,12 +34,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
 
     In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
     """
-
-    # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
     block_size: int = setting(256, 64, "longest context, in tokens")
     n_embd: int = setting(384, 96, "width: numbers in the vector of a token")

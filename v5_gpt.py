@@ -10,7 +10,7 @@ from learning its text by heart: in training, a random share of activations is z
     x = x + attention(LayerNorm(x))
     x = x + feed_forward(LayerNorm(x))
 
-New here: Block with its residual connections and LayerNorms, ln_f, n_layer, dropout, init_weights.
+New here: Block with its residual connections and LayerNorms, ln_f, n_layer, dropout, small weights.
 Run it:   python v5_gpt.py
 Expect:   a validation loss of about 1.68 after the small run; v4_feedforward.py reaches 1.84.
 """
@@ -31,12 +31,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
 
     In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
     """
-
-    # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
     block_size: int = setting(256, 64, "longest context, in tokens")
     n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
@@ -82,8 +80,7 @@ class Head(nn.Module):
 class MultiHeadAttention(nn.Module):
     """n_head heads side by side and a projection (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, n_embd) -> (B, T, n_embd), both float. Raises data.InputError where n_head does not
-    divide n_embd.
+    (B, T, n_embd) -> (B, T, n_embd), float; data.InputError where n_head does not divide n_embd.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -100,10 +97,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a ReLU, at each position alone (Vaswani et al. 2017, section 3.3).
-
-    (B, T, n_embd) -> (B, T, n_embd), both float.
-    """
+    """Each position alone: float (B, T, n_embd) -> same (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -119,8 +113,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward: each normed before it and added after it.
 
-    (B, T, n_embd) -> (B, T, n_embd), both float. The order is that of Radford et al. 2019,
-    section 2.3.
+    (B, T, n_embd) -> (B, T, n_embd), both float. The order: Radford et al. 2019, section 2.3.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -146,14 +139,11 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        self.apply(self.init_weights)
-
-    def init_weights(self, module: nn.Module) -> None:
-        """Draw weights from N(0, 0.02^2), zero biases (Radford et al. 2018, section 4.1)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():  # Radford et al. 2018, section 4.1
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None

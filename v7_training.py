@@ -22,7 +22,6 @@ import ctypes
 import json
 import math
 import os
-import platform
 import signal
 import sys
 import time
@@ -30,13 +29,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
+from timeit import repeat
 from zipfile import ZipFile
 
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
-from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import data
@@ -45,12 +44,10 @@ from data import setting
 
 @dataclass
 class Config:
-    """Every setting of a run; each is a flag of the same name, such as --batch_size 8.
+    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
 
     In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
     """
-
-    # the first two values are the defaults: full size, and small for the CPU
     batch_size: int = setting(64, 24, "windows in a batch")
     block_size: int = setting(256, 64, "longest context, in tokens")
     n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
@@ -66,9 +63,8 @@ class Config:
     data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
     prompt: str = setting("\n", "\n", "what the sample starts with")
     max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
-    dtype: str = setting("auto", "auto", "float32, bfloat16, or auto: the faster of them")
-    # Triton, which torch.compile needs on CUDA, comes with PyTorch on Linux alone.
-    compile: bool = setting(find_spec("triton") is not None, False, "use torch.compile", 0)
+    dtype: str = setting("auto", "auto", "auto: the faster", choices="auto float32 bfloat16")
+    compile: bool = setting(find_spec("triton") is not None, False, "use torch.compile (Triton)", 0)
     weight_decay: float = setting(0.1, 0.1, "pull of matrices and embeddings towards 0", 0)
     warmup_iters: int = setting(100, 100, "steps in which the step size rises", 0)
     grad_accum_steps: int = setting(1, 1, "batches, in each process, that make a step")
@@ -80,16 +76,13 @@ class Config:
 def choose_dtype(cfg: Config) -> str:
     """The dtype of matrix products, "float32" or "bfloat16"; data.InputError where it can't be."""
     on_cuda, on_cpu = cfg.device.startswith("cuda"), cfg.device.startswith("cpu")
+    amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
+    has_bfloat16 = on_cpu and (amx or avx512)
     if on_cuda:
         has_bfloat16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        amx, avx512 = torch.cpu._is_amx_tile_supported(), torch.cpu._is_avx512_bf16_supported()
-        has_bfloat16 = on_cpu and (amx or avx512)
     if cfg.dtype == "auto":
         # On the CPU, a narrow model loses more by converting than its matrix products gain.
         return "bfloat16" if has_bfloat16 and (on_cuda or cfg.n_embd >= 256) else "float32"
-    if cfg.dtype not in ("float32", "bfloat16"):
-        raise data.InputError(f"--dtype {cfg.dtype}: name float32, bfloat16 or auto")
     if cfg.dtype == "bfloat16" and not has_bfloat16:
         raise data.InputError(f"--dtype bfloat16: not in the hardware of {cfg.device}; use float32")
     return cfg.dtype
@@ -98,8 +91,7 @@ def choose_dtype(cfg: Config) -> str:
 class MultiHeadAttention(nn.Module):
     """n_head heads side by side and a projection (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, n_embd) -> (B, T, n_embd), both float. Raises data.InputError where n_head does not
-    divide n_embd.
+    (B, T, n_embd) -> (B, T, n_embd), float; data.InputError where n_head does not divide n_embd.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -129,10 +121,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Two linear layers around a ReLU, at each position alone (Vaswani et al. 2017, section 3.3).
-
-    (B, T, n_embd) -> (B, T, n_embd), both float.
-    """
+    """Each position alone: float (B, T, n_embd) -> same (Vaswani et al. 2017, section 3.3)."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -148,8 +137,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then feed-forward: each normed before it and added after it.
 
-    (B, T, n_embd) -> (B, T, n_embd), both float. The order is that of Radford et al. 2019,
-    section 2.3.
+    (B, T, n_embd) -> (B, T, n_embd), both float. The order: Radford et al. 2019, section 2.3.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -176,14 +164,11 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        self.apply(self.init_weights)
-
-    def init_weights(self, module: nn.Module) -> None:
-        """Draw weights from N(0, 0.02^2), zero biases (Radford et al. 2018, section 4.1)."""
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
+        for name, parameter in self.named_parameters():  # Radford et al. 2018, section 4.1
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
@@ -221,22 +206,17 @@ def get_batch(tokens: np.ndarray | torch.Tensor, cfg: Config) -> tuple[torch.Ten
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     if cfg.device.startswith("cuda"):  # it fetches from pinned memory while the program goes on
         x, y = x.pin_memory(), y.pin_memory()
-    pinned = x.is_pinned()
-    return x.to(cfg.device, non_blocking=pinned), y.to(cfg.device, non_blocking=pinned)
+    return tuple(t.to(cfg.device, non_blocking=t.is_pinned()) for t in (x, y))  # (B, T) each
 
 
 def utilisation(model: LanguageModel, tokens_per_second: float, cfg: Config) -> float:
     """The share of the device's rate of matrix products, measured here, that training uses."""
     n = 1024 if cfg.device.startswith("cpu") else 8192
     a = torch.randn(n, n, device=cfg.device).to(getattr(torch, choose_dtype(cfg)))  # (n, n)
-    seconds = []
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ a)[0, 0].item()  # which waits for the device
-        seconds.append(time.perf_counter() - start)
+    seconds = min(repeat(lambda: (a @ a)[0, 0].item(), number=1))  # item() waits for the device
     N = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     flops_per_token = 6 * N + 12 * cfg.n_layer * cfg.n_embd * cfg.block_size
-    return tokens_per_second * flops_per_token * min(seconds) / (2 * n**3)
+    return tokens_per_second * flops_per_token * seconds / (2 * n**3)
 
 
 @torch.no_grad()
@@ -255,13 +235,13 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray | torch.Tensor, cfg: 
 def whole_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Mean loss, in nats, over all whole windows of tokens one after the other, in eval mode."""
     model.eval()
-    n = (len(tokens) - 1) // cfg.block_size
-    ids = torch.from_numpy(tokens[: n * cfg.block_size + 1].astype(np.int64))  # (n * T + 1,)
-    inputs, targets = ids[:-1].view(n, -1), ids[1:].view(n, -1)  # (n, T) each
-    total = 0.0
-    for x, y in zip(inputs.split(cfg.batch_size), targets.split(cfg.batch_size), strict=True):
+    T, n, total = cfg.block_size, (len(tokens) - 1) // cfg.block_size, 0.0
+    for i in tqdm(range(0, n, cfg.batch_size), "validation", delay=1, leave=False):
+        B = min(cfg.batch_size, n - i)
+        ids = torch.from_numpy(tokens[i * T : (i + B) * T + 1].astype(np.int64))  # (B * T + 1,)
+        x, y = ids[:-1].view(B, T), ids[1:].view(B, T)  # (B, T) each
         _, loss = model(x.to(cfg.device), y.to(cfg.device))  # ()
-        total += loss.item() * len(x)
+        total += loss.item() * B
     model.train()
     return total / n
 
@@ -343,10 +323,10 @@ def join_processes(cfg: Config) -> tuple[int, int]:
 def keep_machine_busy(cfg: Config) -> None:
     """Settings of the whole process; raises data.InputError where --compile can't work."""
     torch.backends.cuda.matmul.allow_tf32 = True  # for float32 products on tensor cores
-    if platform.libc_ver()[0] == "glibc":
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+    if hasattr(libc, "mallopt"):
         # It gives the memory of each large tensor back to Linux, which zeroes every page of the
         # next one. Now it keeps it: no mmap (-4 is M_MMAP_MAX), no trim (-1, M_TRIM_THRESHOLD).
-        libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0), libc.mallopt(-1, -1)
     if cfg.compile:
         try:
@@ -360,10 +340,7 @@ def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
     vocabulary: list[str] | None = None, state: dict | None = None,
 ) -> list[tuple[int, float, float]]:
-    """Fit the model to train_data; returns the history: (step, train loss, validation loss).
-
-    Saves checkpoints where the vocabulary to save with them is given; goes on from a state.
-    """
+    """Fit the model to train_data; returns the history: (step, train loss, validation loss)."""
     rank, world_size = join_processes(cfg)
     keep_machine_busy(cfg)
     if not cfg.device.startswith("cpu") and len(train_data) < 2**28:  # 1 GiB as int32
@@ -371,7 +348,7 @@ def train(
         val_data = torch.from_numpy(val_data.astype(np.int32)).to(cfg.device)
     optimizer = make_optimizer(model, cfg)
     run = torch.compile(model) if cfg.compile else model
-    ddp_model = DistributedDataParallel(run) if world_size > 1 else run
+    ddp_model = nn.parallel.DistributedDataParallel(run) if world_size > 1 else run
     first, log = (state["step"], state["log"]) if state else (0, [])
     if state:
         optimizer.load_state_dict(optimizer.state_dict() | {"state": state["optimizer"]["state"]})
@@ -400,7 +377,7 @@ def train(
                 entry = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
                 entry |= {"learning_rate": learning_rate_at(step, cfg), "tokens_per_second": speed}
                 log.append(entry | {"seconds": seconds + (log[-1]["seconds"] if log else 0)})
-                if vocabulary:
+                if vocabulary:  # without one to save with them, no checkpoints
                     state = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
                     state |= {"config": asdict(cfg), "vocabulary": vocabulary}
                     state |= {"step": step, "log": log, "random": torch.get_rng_state()}
@@ -440,9 +417,9 @@ def main(argv: list[str] | None = None) -> None:
         text = "".join(state["vocabulary"]) if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         if state and state["vocabulary"] != tokenizer.characters:
-            raise data.InputError(f"--data {cfg.data}: not the text of the checkpoint; use that")
+            raise data.InputError(f"--data {cfg.data}: not the checkpoint's tokens; use its flags")
         prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
-        splits = () if cfg.sample_only else data.split(tokenizer.encode(text), cfg.block_size)
+        splits = [] if cfg.sample_only else data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
         size = "small" if cfg.device.startswith("cpu") else "full-size"
@@ -450,7 +427,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"{size} defaults, {n_parameters:,} parameters: {cfg}", file=sys.stderr)
         if state:
             model.load_state_dict(state["model"])
-        if not cfg.sample_only:
+        if splits:
             train(model, *splits, cfg, tokenizer.characters, state)
             if rank > 0:
                 return

@@ -1,7 +1,4 @@
-"""What every rung needs and no lesson is about: flags, the corpus, batches of its tokens.
-
-Token ids are NumPy uint16 arrays; a batch is windows cut at random places from one of them.
-"""
+"""What every rung needs and no lesson is about: flags, the corpus, batches of its tokens."""
 
 import argparse
 import socket
@@ -45,22 +42,24 @@ def command_line() -> Iterator[None]:
         sys.exit(2)
 
 
-def setting(full: Any, small: Any, text: str, least: float = 1, below: float = 2**31) -> Any:
-    """A field of Config: its two defaults, its help text, and least <= value < below."""
-    return field(default=full, metadata=dict(small=small, text=text, least=least, below=below))
+def setting(
+    full: Any, small: Any, text: str, least: float = 1, below: float = 2**31, choices: str = ""
+) -> Any:
+    """A field of Config: its two defaults, help, and least <= value < below, or the choices."""
+    limits = dict(least=least, below=below, choices=choices.split() or None)
+    return field(default=full, metadata=dict(small=small, text=text, **limits))
 
 
 def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
     """The config_class that flags make, the device choosing the defaults; else InputError."""
     parser = argparse.ArgumentParser(
-        usage=argparse.SUPPRESS,  # an error is one line then
-        argument_default=argparse.SUPPRESS,
-        description=lesson,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,  # an error is one line then
+        description=lesson, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     for f in fields(config_class):
         text = f"{f.metadata['text']} (default: {f.default!r}, on the CPU {f.metadata['small']!r})"
-        kind = dict(type=f.type, metavar=f.type.__name__)
+        choices = f.metadata["choices"]
+        kind = dict(type=f.type, metavar=None if choices else f.type.__name__, choices=choices)
         kind = dict(action=argparse.BooleanOptionalAction) if f.type is bool else kind
         parser.add_argument(f"--{f.name}", help=text, **kind)
     flags = vars(parser.parse_args(argv))
@@ -86,6 +85,8 @@ class CharTokenizer:
     def __init__(self, text: str) -> None:
         self.characters = sorted(set(text) | {"\n"})  # a sample starts with a newline by default
         self.n_vocab = len(self.characters)
+        if self.n_vocab > 2**16:  # token ids are uint16
+            raise InputError("--data: more than 65,536 distinct characters; use another text")
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
@@ -134,9 +135,7 @@ def split(tokens: list[int], block_size: int) -> tuple[np.ndarray, np.ndarray]:
     if n < least:
         why = f"{n:,} tokens are too few for --block_size {block_size}, which needs {least:,}"
         raise InputError(f"--data: {why}; use a longer text or a smaller --block_size")
-    if max(tokens) > np.iinfo(np.uint16).max:
-        raise InputError("--data: more than 65,536 distinct characters; use another text")
-    array = np.array(tokens, dtype=np.uint16)  # (n,)
+    array = np.asanyarray(tokens, dtype=np.uint16)  # (n,)
     return array[: n * 9 // 10], array[n * 9 // 10 :]
 
 

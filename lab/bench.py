@@ -56,7 +56,7 @@ class Config:
     n_head: int = setting(6, 6, "attention heads side by side, each n_embd / n_head wide")
     n_layer: int = setting(6, 6, "blocks, one on top of the other", 1, 1001)
     dropout: float = setting(0.0, 0.0, "share of activations zeroed in training", 0, 1)
-    dtype: str = setting("auto", "auto", "of v6 and later: float32, bfloat16 or auto")
+    dtype: str = setting("auto", "auto", "of v6 and later", choices="auto float32 bfloat16")
     compile: bool = setting(v6_fast.Config.compile, False, "use torch.compile in v6 and later", 0)
     device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
     models: str = setting(",".join(MODELS), ",".join(MODELS), "what to train, with commas between")

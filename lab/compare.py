@@ -17,6 +17,7 @@ import sys
 import time
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the rungs are one folder up
 
@@ -55,15 +56,19 @@ class Result:
     sample: str
 
 
+def config_of(name: str, cfg: Config) -> Any:
+    """The Config of a rung with those settings that it has."""
+    known = {field.name for field in fields(importlib.import_module(name).Config)}
+    values = {name: value for name, value in asdict(cfg).items() if name in known}
+    return importlib.import_module(name).Config(**values)
+
+
 def train_rung(
     name: str, cfg: Config, tokenizer: data.CharTokenizer, train_data: np.ndarray,
     val_data: np.ndarray,
 ) -> Result:
     """Train one rung and sample from it; val_loss is over the whole of val_data."""
-    rung = importlib.import_module(name)
-    values = asdict(cfg)
-    known = {field.name for field in fields(rung.Config)} & set(values)
-    rung_cfg = rung.Config(**{name: values[name] for name in known})
+    rung, rung_cfg = importlib.import_module(name), config_of(name, cfg)
     torch.manual_seed(cfg.seed)
     model = rung.LanguageModel(rung_cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
@@ -170,7 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         # What is wrong is to show now, not once the first rungs are trained.
         tokenizer.encode(cfg.prompt)
         for name in names:
-            importlib.import_module(name).LanguageModel(cfg, tokenizer.n_vocab)
+            importlib.import_module(name).LanguageModel(config_of(name, cfg), tokenizer.n_vocab)
         markdown, picture = Path(cfg.out) / "compare.md", Path(cfg.out) / "compare.png"
         try:
             markdown.parent.mkdir(parents=True, exist_ok=True)

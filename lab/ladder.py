@@ -8,7 +8,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
-RUNGS += ["v6_fast", "v7_training", "v8_sampling"]
+RUNGS += ["v6_fast", "v7_training", "v8_sampling", "v9_gpt2"]
 PAIRS = list(zip(RUNGS, RUNGS[1:], strict=False))
 
 

@@ -8,7 +8,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
+from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
 from lab.ladder import RUNGS
@@ -32,6 +34,7 @@ TINY = {
     "device": "cpu",
     "max_new_tokens": 7,
     "out_dir": OUT.name,
+    "tokenizer": "char",
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
 VOCAB_SIZE = len(set(TEXT))
@@ -76,6 +79,23 @@ def corpus(tmp_path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
+
+
+def small_encoding() -> tiktoken.Encoding:
+    """GPT-2's way to cut a text into words, but 256 bytes and 40 pairs of them in all."""
+    pairs = sorted({TEXT[i : i + 2].encode() for i in range(len(TEXT) - 1)})[:40]
+    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
+    return tiktoken.Encoding(
+        "small", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 296}
+    )
+
+
+@pytest.fixture
+def bpe(monkeypatch) -> tiktoken.Encoding:
+    """A small encoding in the place of GPT-2's, which has to be downloaded."""
+    encoding = small_encoding()
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
 
 
 @pytest.fixture

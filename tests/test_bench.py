@@ -143,7 +143,7 @@ def test_the_table_of_writing_has_medians_and_ratios():
         (["--writers", "v6_fast"], "v6_fast"),
         (["--models", ",", "--writers", ""], "both empty"),
         (["--block_size", "20000"], "--block_size 20000"),
-        (["--dtype", "half"], "--dtype half"),
+        (["--dtype", "half"], "--dtype: invalid choice: 'half'"),
         (["--rounds", "0"], "--rounds 0"),
         (["--out", "FILE"], "--out"),
         (["--n_head", "5"], "--n_head 5"),

@@ -13,7 +13,7 @@ from conftest import TEXT, TINY, losses_and_sample, tiny_flags
 
 import data
 import v6_fast
-import v8_sampling as top_rung
+import v9_gpt2 as top_rung
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")
@@ -67,7 +67,7 @@ def test_the_cpu_gets_the_small_defaults(rung):
     for device in ("cpu", "cpu:0"):
         cfg = data.read_flags(rung.Config, rung.__doc__, ["--device", device, "--max_iters", "9"])
         assert cfg.max_iters == 9
-        assert cfg.batch_size == 24 < rung.Config().batch_size
+        assert cfg.batch_size < rung.Config().batch_size == 64
         assert cfg.device == device
 
 
@@ -138,7 +138,7 @@ def test_files_that_are_not_there(rung, capsys, tmp_path):
     for path in (tmp_path, tmp_path / "missing.txt", tmp_path / "no" / "such.txt"):
         assert f"--data {path}:" in refused(rung, capsys, *tiny_flags(rung), "--data", path)
     for path in ("", "two\nlines", "x" * 3000):
-        assert "--data" in refused(rung, capsys, "--device", "cpu", "--data", path)
+        assert "--data" in refused(rung, capsys, *tiny_flags(rung), "--data", path)
 
 
 def test_a_text_that_is_too_short(rung, capsys, tmp_path):
@@ -231,7 +231,7 @@ def test_mistakes_in_the_program_are_not_hidden():
 
 
 def test_bad_input_on_a_real_command_line(tmp_path):
-    done = run(top_rung, "--device", "cpu", "--data", tmp_path / "missing.txt")
+    done = run(top_rung, *tiny_flags(top_rung), "--data", tmp_path / "missing.txt")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith(f"error: --data {tmp_path / 'missing.txt'}: ")

@@ -158,7 +158,7 @@ def test_the_least_text_is_just_enough():
 
 def test_too_many_distinct_characters_are_refused():
     with pytest.raises(data.InputError, match="65,536"):
-        data.split([65_536] * 100, block_size=2)
+        data.CharTokenizer("".join(map(chr, range(2**16 + 1))))
 
 
 def test_targets_are_inputs_shifted_by_one():

@@ -66,11 +66,11 @@ class ShapeTracer:
         known |= {"min": min, "max": max}
         known |= {name: value for name, value in TINY.items() if isinstance(value, int)}
         known["head_size"] = TINY["n_embd"] // TINY["n_head"]
-        known |= {name: value for name, value in names.items() if type(value) is int}
         for name in ("idx", "x", "prompt", "logits"):
             if isinstance(names.get(name), torch.Tensor):
                 known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
                 break
+        known |= {name: value for name, value in names.items() if type(value) is int}
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
         return known
@@ -106,8 +106,9 @@ def run_traced(path, run) -> ShapeTracer:
     return tracer
 
 
-def test_shape_comments_of_a_rung(rung, corpus):
+def test_shape_comments_of_a_rung(rung, corpus, tmp_path, bpe):
     flags = [*tiny_flags(rung, prompt="The q"), "--data", str(corpus)]
+    np.arange(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
 
     def run():
         rung.main(flags)
@@ -116,6 +117,9 @@ def test_shape_comments_of_a_rung(rung, corpus):
             rung.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
             rung.main([*flags, "--sample_only", "--temperature", "0"])
             rung.LanguageModel(tiny(rung), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
+        if hasattr(rung, "read_settings"):
+            bin_file = [*tiny_flags(rung, tokenizer="gpt2"), "--data", str(tmp_path / "tokens.bin")]
+            rung.main([*bin_file, "--norm", "post"])
         if hasattr(rung, "get_batch"):  # its way for tokens that are on the device
             rung.get_batch(torch.zeros(50, dtype=torch.int32), tiny(rung))
 

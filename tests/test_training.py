@@ -242,7 +242,7 @@ def test_gradients_are_shared_once_a_step(splits, monkeypatch):
             yield
             silent.pop()
 
-    monkeypatch.setattr(v7, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(v7.nn.parallel, "DistributedDataParallel", Wrapper)
     monkeypatch.setattr(v7, "join_processes", lambda cfg: (0, 2))
     monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag: None)
     cfg = tiny(v7, grad_accum_steps=3)
