@@ -8,8 +8,9 @@ import tokenize
 
 import numpy as np
 import pytest
+import tiktoken
 import torch
-from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
+from conftest import TEXT, TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
 
@@ -106,9 +107,12 @@ def run_traced(path, run) -> ShapeTracer:
     return tracer
 
 
-def test_shape_comments_of_a_rung(rung, corpus, tmp_path, bpe):
+def test_shape_comments_of_a_rung(rung, corpus, tmp_path, monkeypatch):
     flags = [*tiny_flags(rung, prompt="The q"), "--data", str(corpus)]
-    np.arange(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
+    ranks = {character.encode(): i for i, character in enumerate(sorted(set(TEXT)))}
+    encoding = tiktoken.Encoding("", pat_str=".", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)  # V tokens
+    np.zeros(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
 
     def run():
         rung.main(flags)
@@ -118,8 +122,8 @@ def test_shape_comments_of_a_rung(rung, corpus, tmp_path, bpe):
             rung.main([*flags, "--sample_only", "--temperature", "0"])
             rung.LanguageModel(tiny(rung), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
         if hasattr(rung, "read_settings"):
-            bin_file = [*tiny_flags(rung, tokenizer="gpt2"), "--data", str(tmp_path / "tokens.bin")]
-            rung.main([*bin_file, "--norm", "post"])
+            tokens = ["--tokenizer", "gpt2", "--data", str(tmp_path / "tokens.bin")]
+            rung.main([*flags, *tokens, "--norm", "post"])
         if hasattr(rung, "get_batch"):  # its way for tokens that are on the device
             rung.get_batch(torch.zeros(50, dtype=torch.int32), tiny(rung))
 
