@@ -111,10 +111,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: each normed before it and added after it.
-
-    (B, T, n_embd) -> (B, T, n_embd), both float. The order: Radford et al. 2019, section 2.3.
-    """
+    """Attention, feed-forward, norms: (B, T, n_embd) -> same (Radford et al. 2019, section 2.3)."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()

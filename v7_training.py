@@ -135,10 +135,7 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward: each normed before it and added after it.
-
-    (B, T, n_embd) -> (B, T, n_embd), both float. The order: Radford et al. 2019, section 2.3.
-    """
+    """Attention, feed-forward, norms: (B, T, n_embd) -> same (Radford et al. 2019, section 2.3)."""
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -417,7 +414,7 @@ def main(argv: list[str] | None = None) -> None:
         text = "".join(state["vocabulary"]) if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         if state and state["vocabulary"] != tokenizer.characters:
-            raise data.InputError(f"--data {cfg.data}: not the checkpoint's tokens; use its flags")
+            raise data.InputError(f"--data {cfg.data}: not the text of the checkpoint; use that")
         prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
         splits = [] if cfg.sample_only else data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -429,8 +426,9 @@ def main(argv: list[str] | None = None) -> None:
             model.load_state_dict(state["model"])
         if splits:
             train(model, *splits, cfg, tokenizer.characters, state)
-            if rank > 0:
-                return
+        if rank > 0:
+            return
+        if splits:
             loss = whole_loss(model, splits[1], cfg)
             units = f"perplexity {torch.tensor(loss).exp():.3f}, {loss / math.log(2):.3f} bits"
             print(f"whole validation split: loss {loss:.4f}, {units} per character")
