@@ -497,7 +497,7 @@ def load_tokens(flag: str, tokenizer: tiktoken.Encoding, cfg: Config) -> np.ndar
     ids = path if path.suffix == ".bin" else Path(f"{path}.gpt2.bin")
     keep = os.path.isfile(path) and isinstance(tokenizer, tiktoken.Encoding) and not cfg.subset
     if path != ids and not (keep and ids.exists() and ids.stat().st_mtime >= max(path.stat()[-2:])):
-        text = data.load_text(name, flag)[: cfg.subset or None]
+        text = data.load_text(name, flag)[: cfg.subset or None]  # changed, or put there, since
         pieces = tqdm(re.split(r"(?<=\S)(?=\n)", text), "encoding", delay=1)  # where tokens end
         tokens = np.fromiter((t for p in pieces for t in tokenizer.encode(p, flag)), np.uint16)
         with suppress(OSError):  # the folder may be another's

@@ -137,7 +137,7 @@ def read_log(name: str) -> list[tuple[int, float, float]]:
 
 def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     """The loss curves of all histories as a picture: validation solid, training dashed."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(histories)))
     for (label, history), color in zip(histories.items(), colors, strict=True):
         steps, train_losses, val_losses = zip(*history, strict=True)
@@ -151,7 +151,7 @@ def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> No
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Validation loss (solid) and training loss (dashed)")
     axes.grid(alpha=0.3)
-    axes.legend(title="run, validation loss (whole split)")
+    figure.legend(title="run, validation loss (whole split)", loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
