@@ -82,6 +82,8 @@ def test_losses_fall_from_rung_to_rung():
             assert abs(losses[after] - losses[before]) < 0.02
         elif after == "v8_sampling":  # it trains as the one before
             assert losses[after] == losses[before]
+        elif after == "v9_gpt2":  # with 65 tokens, what GPT-2 has does not pay, nor cost much
+            assert abs(losses[after] - losses[before]) < 0.04
         else:
             assert losses[after] < losses[before]
     assert losses["v5_gpt"] <= 1.70
