@@ -164,7 +164,6 @@ COURSE = {
             "Config.out_dir",
             "MultiHeadAttention.__init__",
             "FeedForward.forward",
-            "Block",
             "Block.__init__",
             "Block.forward",
             "LanguageModel.__init__",
