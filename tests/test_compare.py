@@ -38,7 +38,7 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
         assert "\n".join(losses) in losses_and_sample(done.stdout)
 
     picture = matplotlib.image.imread(tmp_path / "new" / "out" / "compare.png")
-    assert picture.shape[:2] == (600, 960)
+    assert picture.shape[:2] == (600, 1200)
     assert picture[..., :3].std() > 0.05
 
 
