@@ -530,7 +530,7 @@ def main(argv: list[str] | None = None) -> None:
         if splits:
             train(model, *splits, cfg, tokenizer.characters, state)
         if rank > 0:
-            return
+            os._exit(0)  # Python's own end can abort: gloo may hold a tensor (pytorch#190489)
         if splits:
             loss = whole_loss(model, splits[1], cfg)
             units = f"perplexity {torch.tensor(loss).exp():.3f}, {loss / math.log(2):.3f} bits"

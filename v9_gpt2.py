@@ -678,7 +678,7 @@ def main(argv: list[str] | None = None) -> None:
         if splits:
             train(model, *splits, cfg, vocabulary, state)
         if rank > 0:
-            return
+            os._exit(0)  # Python's own end can abort: gloo may hold a tensor (pytorch#190489)
         if cfg.export:
             export(model, cfg)
         if splits:
