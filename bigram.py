@@ -32,21 +32,23 @@ from data import setting
 
 @dataclass
 class Config:
-    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
+    """The settings. Each one is also a command-line flag with the same name.
 
-    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
     """
-    batch_size: int = setting(64, 24, "windows in a batch")
-    block_size: int = setting(256, 64, "longest context, in tokens")
-    learning_rate: float = setting(1e-2, 2e-3, "step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 3600, "training steps", 0)
-    eval_interval: int = setting(500, 400, "steps between two loss estimates")
-    eval_iters: int = setting(200, 25, "batches in a loss estimate")
-    seed: int = setting(1337, 1337, "where the random numbers start", 0)
-    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
-    data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
-    prompt: str = setting("\n", "\n", "what the sample starts with")
-    max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    learning_rate: float = setting("learning rate", gpu=1e-2, cpu=2e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=3600)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=25, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
 
 
 class LanguageModel(nn.Module):

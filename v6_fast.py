@@ -36,27 +36,31 @@ from data import setting
 
 @dataclass
 class Config:
-    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
+    """The settings. Each one is also a command-line flag with the same name.
 
-    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
     """
-    batch_size: int = setting(64, 24, "windows in a batch")
-    block_size: int = setting(256, 64, "longest context, in tokens")
-    n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
-    n_head: int = setting(6, 4, "attention heads side by side, each n_embd / n_head wide")
-    n_layer: int = setting(6, 3, "blocks, one on top of the other", 1, 1001)
-    dropout: float = setting(0.2, 0.0, "share of activations zeroed in training", 0, 1)
-    learning_rate: float = setting(3e-4, 2e-3, "step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 3600, "training steps", 0)
-    eval_interval: int = setting(500, 400, "steps between two loss estimates")
-    eval_iters: int = setting(200, 25, "batches in a loss estimate")
-    seed: int = setting(1337, 1337, "where the random numbers start", 0)
-    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
-    data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
-    prompt: str = setting("\n", "\n", "what the sample starts with")
-    max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
-    dtype: str = setting("auto", "auto", "auto: the faster", choices="auto float32 bfloat16")
-    compile: bool = setting(find_spec("triton") is not None, False, "use torch.compile (Triton)", 0)
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
+    learning_rate: float = setting("learning rate", gpu=3e-4, cpu=2e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=3600)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=25, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    dtype: str = setting(
+        "auto is the faster one", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting("use torch.compile", gpu=find_spec("triton") is not None, cpu=False)
 
 
 def choose_dtype(cfg: Config) -> str:

@@ -46,40 +46,48 @@ from data import setting
 
 @dataclass
 class Config:
-    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
+    """The settings. Each one is also a command-line flag with the same name.
 
-    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
     """
-    batch_size: int = setting(64, 24, "windows in a batch")
-    block_size: int = setting(256, 64, "longest context, in tokens")
-    n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
-    n_head: int = setting(6, 4, "attention heads side by side, each n_embd / n_head wide")
-    n_layer: int = setting(6, 3, "blocks, one on top of the other", 1, 1001)
-    dropout: float = setting(0.2, 0.0, "share of activations zeroed in training", 0, 1)
-    learning_rate: float = setting(1e-3, 2e-3, "largest step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 4000, "training steps", 0)
-    eval_interval: int = setting(500, 400, "steps between two loss estimates")
-    eval_iters: int = setting(200, 25, "batches in a loss estimate")
-    seed: int = setting(1337, 1337, "where the random numbers start", 0)
-    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
-    data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
-    prompt: str = setting("\n", "\n", "what the sample starts with")
-    max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
-    dtype: str = setting("auto", "auto", "auto: the faster", choices="auto float32 bfloat16")
-    compile: bool = setting(find_spec("triton") is not None, False, "use torch.compile (Triton)", 0)
-    weight_decay: float = setting(0.1, 0.1, "pull of matrices and embeddings towards 0", 0)
-    warmup_iters: int = setting(100, 100, "steps in which the step size rises", 0)
-    grad_accum_steps: int = setting(1, 1, "batches, in each process, that make a step")
-    out_dir: str = setting("out/v7", "out/v7", "folder for checkpoints and log.jsonl")
-    resume: bool = setting(False, False, "go on from latest.pt in out_dir; repeat the flags", 0)
-    sample_only: bool = setting(False, False, "only sample, from best.pt in out_dir", 0)
-    prompt_file: str = setting("", "", "a text file with the prompt, instead of --prompt")
-    num_samples: int = setting(1, 1, "samples, made as one batch", 1, 1025)
-    stop: str = setting("", "", "a sample ends before this text")
-    temperature: float = setting(1.0, 1.0, "below 1 sharper, above 1 flatter, 0 greedy", 0)
-    top_k: int = setting(65536, 65536, "draw from so many likeliest tokens; 65536: all")
-    top_p: float = setting(1.0, 1.0, "draw from the likeliest up to this share", 1e-9, 1 + 1e-9)
-    repetition_penalty: float = setting(1.0, 1.0, "above 1 discourages repeats", 0.01, 101)
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
+    learning_rate: float = setting("learning rate", gpu=1e-3, cpu=2e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=4000)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=25, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    dtype: str = setting(
+        "auto is the faster one", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting("use torch.compile", gpu=find_spec("triton") is not None, cpu=False)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
+    grad_accum_steps: int = setting("batches per step, in each process", gpu=1, cpu=1, least=1)
+    out_dir: str = setting("folder for checkpoints and log.jsonl", gpu="out/v7", cpu="out/v7")
+    resume: bool = setting("go on from latest.pt; repeat the flags", gpu=False, cpu=False)
+    sample_only: bool = setting("only sample, from best.pt in out_dir", gpu=False, cpu=False)
+    prompt_file: str = setting("a text file with the prompt, instead of --prompt", gpu="", cpu="")
+    num_samples: int = setting("samples, made as one batch", gpu=1, cpu=1, least=1, below=1025)
+    stop: str = setting("end a sample before this text", gpu="", cpu="")
+    temperature: float = setting("below 1 sharper, above 1 flatter, 0 greedy", gpu=1.0, cpu=1.0)
+    top_k: int = setting("sample from the k likeliest tokens", gpu=65536, cpu=65536, least=1)
+    top_p: float = setting(
+        "probability mass to sample from", gpu=1.0, cpu=1.0, least=1e-9, below=1 + 1e-9
+    )
+    repetition_penalty: float = setting(
+        "above 1 discourages repetition", gpu=1.0, cpu=1.0, least=0.01, below=101
+    )
 
 
 def choose_dtype(cfg: Config) -> str:

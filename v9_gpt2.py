@@ -59,49 +59,63 @@ FIXED = {  # what a configuration may name, with the one value that this model h
 
 @dataclass
 class Config:
-    """Each setting, a flag of the same name: default at full size, default on the CPU, and help.
+    """The settings. Each one is also a command-line flag with the same name.
 
-    In shapes, B is the windows in a batch, T the tokens in a window, V those in the vocabulary.
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
     """
-    batch_size: int = setting(64, 8, "windows in a batch")
-    block_size: int = setting(256, 64, "longest context, in tokens")
-    n_embd: int = setting(384, 96, "width: numbers in the vector of a token")
-    n_head: int = setting(6, 4, "attention heads side by side, each n_embd / n_head wide")
-    n_layer: int = setting(6, 3, "blocks, one on top of the other", 1, 1001)
-    dropout: float = setting(0.2, 0.0, "share of activations zeroed in training", 0, 1)
-    learning_rate: float = setting(1e-3, 2e-3, "largest step size of AdamW", 1e-9, 1)
-    max_iters: int = setting(5000, 1500, "training steps", 0)
-    eval_interval: int = setting(500, 150, "steps between two loss estimates")
-    eval_iters: int = setting(200, 25, "batches in a loss estimate")
-    seed: int = setting(1337, 1337, "where the random numbers start", 0)
-    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
-    data: str = setting("shakespeare", "shakespeare", "shakespeare, python, or a text file")
-    prompt: str = setting("\n", "\n", "what the sample starts with")
-    max_new_tokens: int = setting(500, 500, "length of the sample after the prompt", 0)
-    dtype: str = setting("auto", "auto", "auto: the faster", choices="auto float32 bfloat16")
-    compile: bool = setting(find_spec("triton") is not None, False, "use torch.compile (Triton)", 0)
-    weight_decay: float = setting(0.1, 0.1, "pull of matrices and embeddings towards 0", 0)
-    warmup_iters: int = setting(100, 100, "steps in which the step size rises", 0)
-    grad_accum_steps: int = setting(1, 1, "batches, in each process, that make a step")
-    out_dir: str = setting("out/v9", "out/v9", "folder for checkpoints and log.jsonl")
-    resume: bool = setting(False, False, "go on from latest.pt in out_dir; repeat the flags", 0)
-    sample_only: bool = setting(False, False, "only sample, from best.pt in out_dir", 0)
-    prompt_file: str = setting("", "", "a text file with the prompt, instead of --prompt")
-    num_samples: int = setting(1, 1, "samples, made as one batch", 1, 1025)
-    stop: str = setting("", "", "a sample ends before this text")
-    temperature: float = setting(1.0, 1.0, "below 1 sharper, above 1 flatter, 0 greedy", 0)
-    top_k: int = setting(65536, 65536, "draw from so many likeliest tokens; 65536: all")
-    top_p: float = setting(1.0, 1.0, "draw from the likeliest up to this share", 1e-9, 1 + 1e-9)
-    repetition_penalty: float = setting(1.0, 1.0, "above 1 discourages repeats", 0.01, 101)
-    tokenizer: str = setting("auto", "auto", "auto: gpt2 if possible", choices="auto gpt2 char")
-    preset: str = setting("", "", "sizes of a released model", choices=" ".join(PRESETS))
-    norm: str = setting("pre", "pre", "as in GPT-2; post: as in GPT-1", choices="pre post")
-    layer_norm_epsilon: float = setting(1e-5, 1e-5, "added to variances in LayerNorm", 1e-12, 1)
-    init_from: str = setting("", "", "first weights: gpt2, to gpt2-xl, or a folder")
-    export: str = setting("", "", "folder to write the model to, for transformers")
-    val_data: str = setting("", "", "what to validate on; it and data can be a .bin of uint16")
-    epochs: int = setting(0, 0, "passes over the training tokens, instead of max_iters", 0)
-    subset: int = setting(0, 0, "use so many characters of a text; 0: all", 0)
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=8, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
+    learning_rate: float = setting("learning rate", gpu=1e-3, cpu=2e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=1500)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=150, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=25, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    dtype: str = setting(
+        "auto is the faster one", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting("use torch.compile", gpu=find_spec("triton") is not None, cpu=False)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
+    grad_accum_steps: int = setting("batches per step, in each process", gpu=1, cpu=1, least=1)
+    out_dir: str = setting("folder for checkpoints and log.jsonl", gpu="out/v9", cpu="out/v9")
+    resume: bool = setting("go on from latest.pt; repeat the flags", gpu=False, cpu=False)
+    sample_only: bool = setting("only sample, from best.pt in out_dir", gpu=False, cpu=False)
+    prompt_file: str = setting("a text file with the prompt, instead of --prompt", gpu="", cpu="")
+    num_samples: int = setting("samples, made as one batch", gpu=1, cpu=1, least=1, below=1025)
+    stop: str = setting("end a sample before this text", gpu="", cpu="")
+    temperature: float = setting("below 1 sharper, above 1 flatter, 0 greedy", gpu=1.0, cpu=1.0)
+    top_k: int = setting("sample from the k likeliest tokens", gpu=65536, cpu=65536, least=1)
+    top_p: float = setting(
+        "probability mass to sample from", gpu=1.0, cpu=1.0, least=1e-9, below=1 + 1e-9
+    )
+    repetition_penalty: float = setting(
+        "above 1 discourages repetition", gpu=1.0, cpu=1.0, least=0.01, below=101
+    )
+    tokenizer: str = setting(
+        "auto: gpt2 if possible", gpu="auto", cpu="auto", choices=["auto", "gpt2", "char"]
+    )
+    preset: str = setting("sizes of a released model", gpu="", cpu="", choices=list(PRESETS))
+    norm: str = setting(
+        "pre as in GPT-2, post as in GPT-1", gpu="pre", cpu="pre", choices=["pre", "post"]
+    )
+    layer_norm_epsilon: float = setting(
+        "added to variances in LayerNorm", gpu=1e-5, cpu=1e-5, least=1e-12, below=1
+    )
+    init_from: str = setting("first weights: gpt2 to gpt2-xl, or a folder", gpu="", cpu="")
+    export: str = setting("folder to write the model to, for transformers", gpu="", cpu="")
+    val_data: str = setting("validation text; it and data can be a .bin of uint16", gpu="", cpu="")
+    epochs: int = setting("passes over the training tokens, instead of max_iters", gpu=0, cpu=0)
+    subset: int = setting("use this many characters of the text; 0: all", gpu=0, cpu=0)
 
 
 def choose_dtype(cfg: Config) -> str:
@@ -485,7 +499,7 @@ def make_tokenizer(cfg: Config, known: list[str]) -> data.CharTokenizer | tiktok
             raise data.InputError(f"--tokenizer gpt2: {why}")
         print(f"notice: {why}. Going on with characters.", file=sys.stderr)
     text = "".join(known) or data.load_text(cfg.data)[: cfg.subset or None]
-    if cfg.data == "shakespeare" and not data.SHAKESPEARE.exists():
+    if cfg.data == "shakespeare" and not data.corpora.SHAKESPEARE.exists():
         cfg.data = "python"  # what load_text took instead, with a notice
     return data.CharTokenizer(text)
 
@@ -493,7 +507,7 @@ def make_tokenizer(cfg: Config, known: list[str]) -> data.CharTokenizer | tiktok
 def load_tokens(flag: str, tokenizer: tiktoken.Encoding, cfg: Config) -> np.ndarray:
     """Token ids of a corpus, uint16 (n,): of a .bin, mapped, or a text's, kept in one beside it."""
     name = getattr(cfg, flag.strip("-"))
-    path = data.SHAKESPEARE if name == "shakespeare" else Path(name)
+    path = data.corpora.SHAKESPEARE if name == "shakespeare" else Path(name)
     ids = path if path.suffix == ".bin" else Path(f"{path}.gpt2.bin")
     keep = os.path.isfile(path) and isinstance(tokenizer, tiktoken.Encoding) and not cfg.subset
     if path != ids and not (keep and ids.exists() and ids.stat().st_mtime >= max(path.stat()[-2:])):

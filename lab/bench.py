@@ -38,32 +38,42 @@ from tqdm import tqdm
 import data
 import v6_fast
 from data import setting
-from lab.ladder import RUNGS
+from lab.ladder import SCRIPTS
 
-MODELS = [*RUNGS[1:], "transformers"]
-WRITERS = [*RUNGS[RUNGS.index("v7_training") :], "transformers"]
+MODELS = [*SCRIPTS[1:], "transformers"]
+WRITERS = [*SCRIPTS[SCRIPTS.index("v7_training") :], "transformers"]
 SAMPLES = (1, 16)  # texts written at a time
 VOCAB_SIZE = 65  # that of Shakespeare
 
 
 @dataclass
 class Config:
-    """What to measure and how often; the shape is that of full size, on every device."""
+    """What to measure and how often. The models have the GPU defaults' shape on every device."""
 
-    batch_size: int = setting(64, 64, "windows in a batch")
-    block_size: int = setting(256, 256, "longest context, in tokens", 2, 20_000)
-    n_embd: int = setting(384, 384, "width: numbers in the vector of a token")
-    n_head: int = setting(6, 6, "attention heads side by side, each n_embd / n_head wide")
-    n_layer: int = setting(6, 6, "blocks, one on top of the other", 1, 1001)
-    dropout: float = setting(0.0, 0.0, "share of activations zeroed in training", 0, 1)
-    dtype: str = setting("auto", "auto", "of v6 and later", choices="auto float32 bfloat16")
-    compile: bool = setting(v6_fast.Config.compile, False, "use torch.compile in v6 and later", 0)
-    device: str = setting("cuda", "cpu", "any torch device; else the first of cuda, mps, cpu")
-    models: str = setting(",".join(MODELS), ",".join(MODELS), "what to train, with commas between")
-    writers: str = setting(",".join(WRITERS), ",".join(WRITERS), "what to generate with")
-    rounds: int = setting(5, 3, "turns of each model")
-    steps: int = setting(50, 2, "training steps in a turn, after one to warm up")
-    out: str = setting("lab/out", "lab/out", "folder for bench.md")
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=64, least=1)
+    block_size: int = setting(
+        "longest context, in tokens", gpu=256, cpu=256, least=2, below=20_000
+    )
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=384, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=6, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=6, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.0, cpu=0.0, below=1)
+    dtype: str = setting(
+        "dtype from v6 on", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting(
+        "use torch.compile from v6 on", gpu=v6_fast.Config.compile, cpu=False
+    )
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    models: str = setting(
+        "what to train, separated by commas", gpu=",".join(MODELS), cpu=",".join(MODELS)
+    )
+    writers: str = setting(
+        "what to generate with, separated by commas", gpu=",".join(WRITERS), cpu=",".join(WRITERS)
+    )
+    rounds: int = setting("turns of each model", gpu=5, cpu=3, least=1)
+    steps: int = setting("training steps in a turn, after one to warm up", gpu=50, cpu=2, least=1)
+    out: str = setting("folder for bench.md", gpu="lab/out", cpu="lab/out")
 
 
 @dataclass
@@ -169,7 +179,7 @@ def take_turn(name: str, cfg: Config) -> Turn:
     tokens_per_second = tokens / (times[cfg.steps] - times[0])
 
     gb_after = peak_memory(cfg.device)
-    fused = name in RUNGS[RUNGS.index("v6_fast") :]
+    fused = name in SCRIPTS[SCRIPTS.index("v6_fast") :]
     dtype = v6_fast.choose_dtype(rung_cfg) if fused else "float32"
     with torch.device("meta"):  # what counts is the shape, which is the same here
         counted = v6_fast.LanguageModel(rung_cfg, VOCAB_SIZE) if make is Reference else model

@@ -29,7 +29,7 @@ from tqdm import tqdm
 import data
 import v7_training
 from data import setting
-from lab.ladder import PAIRS, RUNGS, changed_lines
+from lab.ladder import PAIRS, SCRIPTS, changed_lines
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
@@ -39,9 +39,11 @@ from matplotlib import pyplot as plt
 class Config(v7_training.Config):
     """The settings of training, those of v7_training.py, and what to compare."""
 
-    rungs: str = setting(",".join(RUNGS), ",".join(RUNGS), "rungs to train, with commas between")
-    logs: str = setting("", "", "log.jsonl files to draw as well, with commas between")
-    out: str = setting("lab/out", "lab/out", "folder for compare.md and compare.png")
+    scripts: str = setting(
+        "scripts to train, separated by commas", gpu=",".join(SCRIPTS), cpu=",".join(SCRIPTS)
+    )
+    logs: str = setting("log.jsonl files to draw as well, separated by commas", gpu="", cpu="")
+    out: str = setting("folder for compare.md and compare.png", gpu="lab/out", cpu="lab/out")
 
 
 @dataclass
@@ -163,8 +165,8 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.grad_accum_steps > 1 or cfg.resume or cfg.sample_only:
             raise data.InputError("--grad_accum_steps, --resume, --sample_only: not to compare")
         names = [name.strip() for name in cfg.rungs.split(",") if name.strip()]
-        if unknown := [name for name in names if name not in RUNGS]:
-            raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(RUNGS)}")
+        if unknown := [name for name in names if name not in SCRIPTS]:
+            raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(SCRIPTS)}")
         logs = [name.strip() for name in cfg.logs.split(",") if name.strip()]
         histories = {name: read_log(name) for name in logs}
         if not names and not logs:

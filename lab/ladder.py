@@ -1,45 +1,43 @@
-"""What experiments on the ladder share: its rungs in order, their diffs, v5's weights for v6."""
+"""The course as a tree: each script's parent, and how many lines a script changes in it."""
 
 import ast
 import difflib
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parent.parent
-RUNGS = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
-RUNGS += ["v6_fast", "v7_training", "v8_sampling", "v9_gpt2"]
-PAIRS = list(zip(RUNGS, RUNGS[1:], strict=False))
+
+# The parent is the script whose diff a learner reads. Parents come before their children.
+PARENTS = {
+    "bigram": None,
+    "v2_single_head": "bigram",
+    "v3_multi_head": "v2_single_head",
+    "v4_feedforward": "v3_multi_head",
+    "v5_gpt": "v4_feedforward",
+    "v6_fast": "v5_gpt",
+    "v7_training": "v6_fast",
+    "v8_sampling": "v7_training",
+    "v9_gpt2": "v8_sampling",
+}
+SCRIPTS = list(PARENTS)
+PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]
 
 
-def source(rung: str) -> str:
-    """The text of a rung's file."""
-    return (ROOT / f"{rung}.py").read_text(encoding="utf-8")
+def source(script: str) -> str:
+    """The text of a script's file."""
+    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
 
 
-def code_lines(rung: str) -> list[str]:
-    """The lines of a rung after its module docstring."""
-    text = source(rung)
-    return text.splitlines()[ast.parse(text).body[0].end_lineno :]
+def split_docstring(text: str) -> tuple[str, str]:
+    """Cut the text of a script below its module docstring: (docstring, code)."""
+    lines = text.splitlines(keepends=True)
+    docstring = ast.parse(text).body[0]
+    return "".join(lines[: docstring.end_lineno]), "".join(lines[docstring.end_lineno :])
 
 
-def changed_lines(before: str, after: str) -> int:
-    """How many lines a diff of two rungs takes out or puts in, module docstrings left out."""
-    diff = difflib.unified_diff(code_lines(before), code_lines(after), n=0, lineterm="")
-    return sum(line[0] in "-+" for line in list(diff)[2:])  # below the names of the two files
-
-
-def fused(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """v5's weights, or their gradients, under the names and in the shapes that they have in v6.
-
-    The query weights of all heads, then the key weights, then the value weights make one matrix
-    of (3 * n_embd, n_embd).
-    """
-    kept = {name: tensor for name, tensor in state.items() if ".heads." not in name}
-    attentions = sorted({name.split(".heads.")[0] for name in state if ".heads." in name})
-    for attention in attentions:
-        heads = [name for name in state if name.startswith(f"{attention}.heads.")]
-        parts = [n for part in ("query", "key", "value") for n in heads if f".{part}." in n]
-        tensors = [state[name] for name in parts]  # (head_size, n_embd) each
-        kept[f"{attention}.query_key_value.weight"] = torch.cat(tensors)  # (3 * n_embd, n_embd)
-    return kept
+def changed_lines(parent: str, child: str) -> int:
+    """How many lines the diff from parent to child removes and adds, module docstrings left out."""
+    _, before = split_docstring(source(parent))
+    _, after = split_docstring(source(child))
+    diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    body = list(diff)[2:]  # below the two lines that name the files
+    return sum(line.startswith(("+", "-")) for line in body)

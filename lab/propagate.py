@@ -1,0 +1,169 @@
+"""propagate.py: carry a change in one script into all of its descendants.
+
+Whatever a lesson doesn't touch is the same in parent and child, so an edit to a script belongs in
+every script below it in the tree of lab/ladder.py. This program takes the difference between the
+last commit and the working tree in one script and merges it into each of its children
+(git merge-file), then what changed in each child into that child's children, and so on. Module
+docstrings are left out: each script has its own.
+
+Nothing is written unless every merge succeeds. On a conflict, the program names the file and the
+lines. Leave that script out with --skip, edit it by hand, and run this program on it in turn.
+
+Run it:   python lab/propagate.py v2_single_head.py
+          python lab/propagate.py v2_single_head.py --skip v6_fast.py
+"""
+
+import argparse
+import difflib
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
+
+import data
+from lab.ladder import PARENTS, ROOT, split_docstring
+
+
+def read(path: Path) -> str:
+    """The text of a file, with "\\n" at the end of each line."""
+    return path.read_text(encoding="utf-8")
+
+
+def write(path: Path, text: str) -> None:
+    """Replace the text of a file, keeping its line endings."""
+    newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
+    path.write_text(text, encoding="utf-8", newline=newline)
+
+
+def committed(root: Path, script: str) -> str:
+    """The text of a script in the last commit; raises data.InputError if it isn't there."""
+    command = ["git", "show", f"HEAD:./{script}.py"]
+    done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
+    if done.returncode != 0:
+        raise data.InputError(f"{script}.py: not in the last commit; commit it first")
+    return done.stdout.replace("\r\n", "\n")
+
+
+def merge(current: str, before: str, after: str) -> tuple[str, list[tuple[int, int]]]:
+    """Apply the change from before to after to current: (the merged text, its conflicts).
+
+    A conflict is the first and the last line, counted from 1, of the place in current.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        paths = []
+        for name, text in {"current": current, "before": before, "after": after}.items():
+            path = Path(folder, name)
+            path.write_text(text, encoding="utf-8", newline="\n")
+            paths.append(str(path))
+        command = ["git", "merge-file", "--stdout", *paths]
+        done = subprocess.run(command, capture_output=True, encoding="utf-8")
+    if done.returncode > 127:  # up to 127 it is the number of conflicts
+        raise data.InputError(f"git merge-file failed: {done.stderr}")
+    if done.returncode > 0:
+        return done.stdout, conflicting_lines(current, done.stdout)
+    return done.stdout, []
+
+
+def conflicting_lines(current: str, merged: str) -> list[tuple[int, int]]:
+    """The first and last line in current of each conflict that git marked in merged."""
+    ours = []  # the merged text with current's side of each conflict
+    conflicts = []  # positions in ours: (first, one past the last)
+    side = "both"
+    for line in merged.splitlines():
+        if line.startswith("<<<<<<< "):
+            side, first = "ours", len(ours)
+        elif line == "=======" and side == "ours":
+            side = "theirs"
+            conflicts.append((first, len(ours)))
+        elif line.startswith(">>>>>>> "):
+            side = "both"
+        elif side != "theirs":
+            ours.append(line)
+
+    blocks = difflib.SequenceMatcher(
+        None, ours, current.splitlines(), autojunk=False
+    ).get_matching_blocks()
+
+    def line_number(position: int) -> int:
+        for block in blocks:
+            if position < block.a + block.size:
+                return block.b + max(0, position - block.a) + 1
+        return len(current.splitlines())
+
+    return [(line_number(first), line_number(max(first, last - 1))) for first, last in conflicts]
+
+
+def propagate(
+    root: Path, parents: dict[str, str | None], script: str, skip: list[str]
+) -> dict[str, str]:
+    """Merge the change in script into its descendants; return the new text of each that changes.
+
+    parents maps each script to its parent. The scripts in skip, and those below them, are left
+    out. Raises data.InputError, naming the file and the lines, if a merge has a conflict.
+    """
+    before = {script: committed(root, script)}
+    after = {script: read(root / f"{script}.py")}
+    for child, parent in parents.items():  # parents come before their children
+        if parent not in after or child in skip:
+            continue
+        before[child] = read(root / f"{child}.py")
+        docstring, code = split_docstring(before[child])
+        _, parent_before = split_docstring(before[parent])
+        _, parent_after = split_docstring(after[parent])
+        merged, conflicts = merge(code, parent_before, parent_after)
+        if conflicts:
+            above = docstring.count("\n")
+            lines = ", ".join(f"{above + first} to {above + last}" for first, last in conflicts)
+            raise data.InputError(
+                f"{child}.py, lines {lines}: in conflict with the change in {parent}.py; nothing "
+                f"was written. Use --skip {child}.py, edit it by hand, then run this on it"
+            )
+        after[child] = docstring + merged
+    del after[script]
+    return {child: text for child, text in after.items() if text != before[child]}
+
+
+def count_changes(old: str, new: str) -> str:
+    """How many lines were added and removed, in words."""
+    diff = list(difflib.ndiff(old.splitlines(), new.splitlines()))
+    added = sum(line.startswith("+ ") for line in diff)
+    removed = sum(line.startswith("- ") for line in diff)
+    return f"{added} lines added, {removed} removed"
+
+
+def script_name(typed: str) -> str:
+    """The name of a script in the tree, from v5_gpt or v5_gpt.py; data.InputError for others."""
+    name = Path(typed).name.removesuffix(".py")
+    if name not in PARENTS:
+        raise data.InputError(f"{typed}: not a script of the course ({', '.join(PARENTS)})")
+    return name
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Carry the change in the script named in argv into its descendants; say what changed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("script", help="the script that was edited")
+    parser.add_argument(
+        "--skip", action="append", default=[], help="leave out this script and those below it"
+    )
+    args = parser.parse_args(argv)
+    with data.command_line():
+        script = script_name(args.script)
+        skip = [script_name(name) for name in args.skip]
+        if committed(ROOT, script) == read(ROOT / f"{script}.py"):
+            raise data.InputError(f"{script}.py: the same as in the last commit; edit it first")
+        changed = propagate(ROOT, PARENTS, script, skip)
+        for child, text in changed.items():
+            path = ROOT / f"{child}.py"
+            print(f"{child}.py: {count_changes(read(path), text)}")
+            write(path, text)
+        if not changed:
+            print("no descendant needed a change")
+
+
+if __name__ == "__main__":
+    main()
