@@ -1,19 +1,26 @@
-"""bigram.py: the next character from the current one alone, looked up in a table.
+"""bigram.py: predict the next character from the current one, with a lookup table.
 
-The table has a row and a column for each of the V distinct characters of the corpus. Row i holds
-the logits of what comes after character i; softmax turns them into probabilities:
+Row i of the table holds the logits of the character after character i, one logit for each of the
+V distinct characters of the text. A softmax turns them into probabilities:
 
     p(next = j | current = i) = exp(table[i, j]) / sum over k of exp(table[i, k])
 
-Training lowers the cross-entropy, the mean of -ln p(the character that did come next), in nats.
-Knowing nothing costs ln(V): 4.17 for the 65 characters of Shakespeare.
+The model learns from windows of text. The target at each position is the character that follows:
 
-New here: all that is around the model and stays on every later rung. The text becomes tokens;
-nine tenths train, one tenth validates; random batches, AdamW, loss estimates, and a sample.
+    window   C i t i z e n
+    targets  i t i z e n :
+
+Training lowers the cross-entropy, the mean of -ln p(target), in nats. Guessing uniformly scores
+ln(V), which is ln(65) = 4.17 for Shakespeare.
+
+New here: everything that surrounds a language model and stays the same from now on: the training
+          and validation split, random batches, AdamW, estimates of the loss, and sampling.
 Run it:   python bigram.py
           python bigram.py --prompt "ROMEO:" --max_new_tokens 200
-Expect:   a validation loss of about 2.50 after the small run. Counting the pairs of the training
-          text, instead of learning them, would give 2.48: more steps gain little.
+Expect:   a validation loss of about 2.50 with the CPU defaults. Counting the character pairs of
+          the training text (with add-one smoothing) scores 2.482, so longer training would gain
+          little: one character of context isn't enough.
+Next:     git diff --no-index bigram.py v2_single_head.py
 """
 
 import math
@@ -52,28 +59,36 @@ class Config:
 
 
 class LanguageModel(nn.Module):
-    """From each token and those before it, logits of the token that comes next."""
+    """Predicts the next token at every position of a window."""
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(vocab_size, vocab_size)  # (V, V)
-        nn.init.zeros_(self.token_embedding.weight)  # all tokens equally likely: the loss is ln(V)
+        # Equal logits make every token equally likely, so the first loss is exactly ln(V).
+        nn.init.zeros_(self.token_embedding.weight)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """int64 token ids and targets (B, T) -> float logits (B, T, V), mean loss () in nats."""
+        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+
+        idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
+        """
         logits = self.token_embedding(idx)  # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
+        # cross_entropy wants one row of logits for each prediction, and there is a prediction at
+        # every position of every window: B * T of them.
+        rows = logits.flatten(0, 1)  # (B * T, V)
+        loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Continue token ids idx, int64 (B, T); returns them as (B, T + max_new_tokens)."""
+        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
         for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
             logits, _ = self(idx)  # (B, T, V)
+            # Only the prediction at the last position is about a token that isn't there yet.
             probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
             next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
@@ -82,12 +97,13 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
-    model.eval()
+    """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
+    model.eval()  # no dropout, from v5 on
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
-        _, losses[i] = model(x, y)
+        _, loss = model(x, y)  # ()
+        losses[i] = loss.item()
     model.train()
     return losses.mean().item()
 
@@ -95,11 +111,14 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> list[tuple[int, float, float]]:
-    """Fit the model to train_data; returns the history: (step, train loss, validation loss)."""
+    """Train the model; return the history as (step, train loss, validation loss), in nats.
+
+    Raises data.InputError if a loss is no longer finite.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = []
     with tqdm(total=cfg.max_iters, desc="training") as bar:
-        for step in range(cfg.max_iters + 1):
+        for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
@@ -109,7 +128,9 @@ def train(
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
-            x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)
+            x, y = data.get_batch(  # (B, T) each
+                train_data, cfg.batch_size, cfg.block_size, cfg.device
+            )
             _, loss = model(x, y)  # ()
             optimizer.zero_grad()
             loss.backward()
@@ -119,18 +140,18 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
+    """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+        start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
         train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        size = "small" if cfg.device.startswith("cpu") else "full-size"
-        print(f"{size} defaults, {n_parameters:,} parameters: {cfg}", file=sys.stderr)
+        print(f"{n_parameters:,} parameters, {cfg}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)

@@ -1,15 +1,16 @@
-"""v3_multi_head.py: several heads of self-attention, side by side.
+"""v3_multi_head.py: several attention heads side by side.
 
-One head has one set of weights over the past, so it can look for one thing at a time. n_head
-heads of n_embd / n_head each look for as many, with no more queries, keys and values to learn:
-their outputs, concatenated, are as wide as that of the single head was. A projection, the only
-new weights, mixes what they found.
+A single head computes one set of weights over the past, so each position can look for one thing at
+a time. n_head narrower heads can look for n_head different things at once. Each has size
+n_embd / n_head, so together they have as many weights as the single head, and their concatenated
+outputs are as wide as its output. A linear projection then mixes what the heads found:
 
-    x = concatenate(head_1(x), ..., head_n(x)) projection
+    multi_head(x) = concat(head_1(x), ..., head_n(x)) @ W + b
 
-New here: MultiHeadAttention in the place of the one Head.
+New here: MultiHeadAttention, which takes the place of the single Head in the model.
 Run it:   python v3_multi_head.py
-Expect:   a validation loss of about 2.10 after the small run; v2_single_head.py reaches 2.35.
+Expect:   a validation loss of about 2.10 with the CPU defaults; v2_single_head.py reaches 2.35.
+Diff:     git diff --no-index v2_single_head.py v3_multi_head.py
 """
 
 import math
@@ -52,7 +53,7 @@ class Config:
 class Head(nn.Module):
     """One head of causal self-attention (Vaswani et al. 2017, section 3.2.1).
 
-    (B, T, n_embd) -> (B, T, head_size), both float: softmax(query key^T / sqrt(head_size)) value.
+    Maps float (B, T, n_embd) to float (B, T, head_size).
     """
 
     def __init__(self, cfg: Config, head_size: int) -> None:
@@ -61,29 +62,40 @@ class Head(nn.Module):
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
-        # True where a key lies after the query. Like the weights, a buffer moves to the device.
+        # mask[i, j] is True if j > i: position i must not look at position j, which comes later.
+        # A buffer moves to the GPU with the weights, but the optimizer leaves it alone.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        T, head_size = x.shape[1], self.key.out_features
-        query, key, value = self.query(x), self.key(x), self.value(x)  # (B, T, head_size) each
+        T = x.shape[1]
+        query = self.query(x)  # (B, T, head_size)
+        key = self.key(x)  # (B, T, head_size)
+        value = self.value(x)  # (B, T, head_size)
+        # If the numbers in query and key have variance 1, a sum of head_size products has variance
+        # head_size. Scores that large make the softmax pick a single position, where its gradient
+        # is almost zero. Dividing by the square root brings their variance back to 1.
+        head_size = key.shape[-1]
         scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
+        # All positions of a window are trained at once, and the target at each is the input at
+        # the next. A model that could look ahead would copy it instead of learning to predict.
         scores = scores.masked_fill(self.mask[:T, :T], -math.inf)  # (B, T, T)
         weights = F.softmax(scores, dim=-1)  # (B, T, T)
         return weights @ value  # (B, T, head_size)
 
 
 class MultiHeadAttention(nn.Module):
-    """n_head heads side by side and a projection (Vaswani et al. 2017, section 3.2.2).
+    """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, n_embd) -> (B, T, n_embd), float; data.InputError where n_head does not divide n_embd.
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
+    n_embd.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
+        if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
-        self.heads = nn.ModuleList(Head(cfg, cfg.n_embd // cfg.n_head) for _ in range(cfg.n_head))
+        head_size = cfg.n_embd // cfg.n_head
+        self.heads = nn.ModuleList([Head(cfg, head_size) for _ in range(cfg.n_head)])
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -92,34 +104,43 @@ class MultiHeadAttention(nn.Module):
 
 
 class LanguageModel(nn.Module):
-    """From each token and those before it, logits of the token that comes next."""
+    """Predicts the next token at every position of a window."""
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.block_size = cfg.block_size
-        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)
-        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.attention = MultiHeadAttention(cfg)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
 
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """int64 token ids and targets (B, T) -> float logits (B, T, V), mean loss () in nats."""
+        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+
+        idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
+        """
         positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         x = self.attention(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
+        # cross_entropy wants one row of logits for each prediction, and there is a prediction at
+        # every position of every window: B * T of them.
+        rows = logits.flatten(0, 1)  # (B * T, V)
+        loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Continue token ids idx, int64 (B, T); returns them as (B, T + max_new_tokens)."""
+        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
         for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
-            logits, _ = self(idx[:, -self.block_size :])  # (B, min(T, block_size), V)
+            # There are embeddings for block_size positions only, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            logits, _ = self(context)  # (B, min(T, block_size), V)
+            # Only the prediction at the last position is about a token that isn't there yet.
             probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
             next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
@@ -128,12 +149,13 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
-    model.eval()
+    """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
+    model.eval()  # no dropout, from v5 on
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
-        _, losses[i] = model(x, y)
+        _, loss = model(x, y)  # ()
+        losses[i] = loss.item()
     model.train()
     return losses.mean().item()
 
@@ -141,11 +163,14 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> list[tuple[int, float, float]]:
-    """Fit the model to train_data; returns the history: (step, train loss, validation loss)."""
+    """Train the model; return the history as (step, train loss, validation loss), in nats.
+
+    Raises data.InputError if a loss is no longer finite.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = []
     with tqdm(total=cfg.max_iters, desc="training") as bar:
-        for step in range(cfg.max_iters + 1):
+        for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
@@ -155,7 +180,9 @@ def train(
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
-            x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)
+            x, y = data.get_batch(  # (B, T) each
+                train_data, cfg.batch_size, cfg.block_size, cfg.device
+            )
             _, loss = model(x, y)  # ()
             optimizer.zero_grad()
             loss.backward()
@@ -165,18 +192,18 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
+    """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+        start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
         train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        size = "small" if cfg.device.startswith("cpu") else "full-size"
-        print(f"{size} defaults, {n_parameters:,} parameters: {cfg}", file=sys.stderr)
+        print(f"{n_parameters:,} parameters, {cfg}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)

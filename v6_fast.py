@@ -79,14 +79,15 @@ def choose_dtype(cfg: Config) -> str:
 
 
 class MultiHeadAttention(nn.Module):
-    """n_head heads side by side and a projection (Vaswani et al. 2017, section 3.2.2).
+    """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
 
-    (B, T, n_embd) -> (B, T, n_embd), float; data.InputError where n_head does not divide n_embd.
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
+    n_embd.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        if cfg.n_embd % cfg.n_head:
+        if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         self.n_head = cfg.n_head
         self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
@@ -111,7 +112,10 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Each position alone: float (B, T, n_embd) -> same (Vaswani et al. 2017, section 3.3)."""
+    """A two-layer network applied to each position separately (Vaswani et al. 2017, section 3.3).
+
+    Maps float (B, T, n_embd) to the same shape.
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -125,7 +129,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, feed-forward, norms: (B, T, n_embd) -> same (Radford et al. 2019, section 2.3)."""
+    """Attention, then a feed-forward network (Radford et al. 2019, section 2.3).
+
+    Maps float (B, T, n_embd) to the same shape.
+    """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
@@ -135,23 +142,26 @@ class Block(nn.Module):
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
         return x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
 
 
 class LanguageModel(nn.Module):
-    """From each token and those before it, logits of the token that comes next."""
+    """Predicts the next token at every position of a window."""
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.block_size = cfg.block_size
         self.use_bfloat16 = choose_dtype(cfg) == "bfloat16"
-        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)
-        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)
+        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        for name, parameter in self.named_parameters():  # Radford et al. 2018, section 4.1
+        # Initialisation as in GPT (Radford et al. 2018, section 4.1). LayerNorm's weights, which
+        # have one dimension, stay at 1.
+        for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
             elif name.endswith("bias"):
@@ -160,23 +170,33 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """int64 token ids and targets (B, T) -> float logits (B, T, V), mean loss () in nats."""
+        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+
+        idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
+        """
         positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         # Weights, residual connections and losses stay float32; only the products are shortened.
         with torch.autocast(idx.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             x = self.blocks(x)  # (B, T, n_embd)
-            logits = self.lm_head(self.ln_f(x)).float()  # (B, T, V)
+            x = self.ln_f(x)  # (B, T, n_embd)
+            logits = self.lm_head(x).float()  # (B, T, V)
         if targets is None:
             return logits, None
-        loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # ()
+        # cross_entropy wants one row of logits for each prediction, and there is a prediction at
+        # every position of every window: B * T of them.
+        rows = logits.flatten(0, 1)  # (B * T, V)
+        loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
     @torch.no_grad()
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Continue token ids idx, int64 (B, T); returns them as (B, T + max_new_tokens)."""
+        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
         for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
-            logits, _ = self(idx[:, -self.block_size :])  # (B, min(T, block_size), V)
+            # There are embeddings for block_size positions only, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            logits, _ = self(context)  # (B, min(T, block_size), V)
+            # Only the prediction at the last position is about a token that isn't there yet.
             probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
             next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
@@ -208,12 +228,13 @@ def utilisation(model: LanguageModel, tokens_per_second: float, cfg: Config) -> 
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray | torch.Tensor, cfg: Config) -> float:
-    """Mean loss, in nats, over eval_iters random batches of tokens, in eval mode (no dropout)."""
-    model.eval()
+    """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
+    model.eval()  # no dropout, from v5 on
     losses = torch.zeros(cfg.eval_iters, device=cfg.device)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = get_batch(tokens, cfg)  # (B, T) each
-        _, losses[i] = model(x, y)
+        _, loss = model(x, y)  # ()
+        losses[i] = loss
     model.train()
     return losses.mean().item()
 
@@ -237,7 +258,10 @@ def keep_machine_busy(cfg: Config) -> None:
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> list[tuple[int, float, float]]:
-    """Fit the model to train_data; returns the history: (step, train loss, validation loss)."""
+    """Train the model; return the history as (step, train loss, validation loss), in nats.
+
+    Raises data.InputError if a loss is no longer finite.
+    """
     keep_machine_busy(cfg)
     if not cfg.device.startswith("cpu") and len(train_data) < 2**28:  # 1 GiB as int32
         train_data = torch.from_numpy(train_data.astype(np.int32)).to(cfg.device)
@@ -247,7 +271,7 @@ def train(
     history = []
     last_step, start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, desc="training") as bar:
-        for step in range(cfg.max_iters + 1):
+        for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 model.lm_head.weight[0, 0].item()  # waits until the device has caught up
                 n_tokens = (step - last_step) * cfg.batch_size * cfg.block_size
@@ -274,18 +298,18 @@ def train(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Train on a corpus and print losses and a sample; argv holds flags as typed on a shell."""
+    """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+        start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
         train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        size = "small" if cfg.device.startswith("cpu") else "full-size"
-        print(f"{size} defaults, {n_parameters:,} parameters: {cfg}", file=sys.stderr)
+        print(f"{n_parameters:,} parameters, {cfg}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)

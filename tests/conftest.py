@@ -1,21 +1,17 @@
-"""What the tests share: tiny settings, a small corpus, and a way to run a rung's main()."""
+"""What the tests share: tiny settings, a small text, and ways to run a script's main()."""
 
 import dataclasses
-import importlib
 import os
 import re
 import tempfile
 from pathlib import Path
 
 import pytest
-import tiktoken
 import torch
-from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
-from lab.ladder import RUNGS
 
-torch.set_num_threads(1)  # for tensors this small, a second thread only costs
+torch.set_num_threads(1)  # for tensors this small, a second thread only costs time
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
 
 OUT = tempfile.TemporaryDirectory()
@@ -40,37 +36,60 @@ TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dr
 VOCAB_SIZE = len(set(TEXT))
 
 
-def tiny(rung, **changes):
-    """The tiny Config of a rung; settings that the rung lacks are left out."""
-    names = {field.name for field in dataclasses.fields(rung.Config)}
+def tiny(script, **changes):
+    """The tiny Config of a script; settings that it lacks are left out."""
+    names = {field.name for field in dataclasses.fields(script.Config)}
     values = TINY | {"dropout": 0.0} | changes
-    return rung.Config(**{name: value for name, value in values.items() if name in names})
+    return script.Config(**{name: value for name, value in values.items() if name in names})
 
 
-def tiny_flags(rung, **changes):
-    """The tiny settings of a rung as a command line."""
-    names = {field.name for field in dataclasses.fields(rung.Config)}
+def tiny_flags(script, **changes):
+    """The tiny settings of a script as a command line."""
+    names = {field.name for field in dataclasses.fields(script.Config)}
     values = {name: value for name, value in (TINY | changes).items() if name in names}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
+def build(script, **changes):
+    """A script's tiny model."""
+    torch.manual_seed(1)
+    return script.LanguageModel(tiny(script, **changes), VOCAB_SIZE)
+
+
+def shaken(model):
+    """The model with every parameter at a random value, so that no zero hides a mistake."""
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    """Token ids of the small text, drawn at random."""
+    return torch.randint(VOCAB_SIZE, shape)
+
+
 def losses_and_sample(output: str) -> str:
-    """What every rung prints; not what later ones say of their speed and of the whole split."""
+    """What every script prints, without what later ones add about speed and the whole split."""
     output = re.sub(r", [\d,]+ tokens/s$", "", output, flags=re.MULTILINE)
     more = r"^(model FLOPs utilisation: \d+%|whole validation split: .*)\n"
     return re.sub(more, "", output, flags=re.MULTILINE)
 
 
-@pytest.fixture(params=RUNGS)
-def rung(request):
-    """Each rung in turn, imported."""
-    return importlib.import_module(request.param)
+def refused(script, capsys, *flags) -> str:
+    """Run main() with flags that it must refuse with status 2; return its one line of error.
 
-
-@pytest.fixture(params=RUNGS[1:])
-def attention_rung(request):
-    """Each rung that has attention in turn, imported."""
-    return importlib.import_module(request.param)
+    Only the line that lists the settings, and progress bars, may come before it.
+    """
+    with pytest.raises(SystemExit) as stop:
+        script.main([str(flag) for flag in flags])
+    err = capsys.readouterr().err
+    assert stop.value.code == 2
+    assert err.endswith("\n")
+    line = err.splitlines()[-1]
+    assert line.startswith("error: ")
+    assert err.count("error: ") == 1
+    assert "Traceback" not in err
+    return line
 
 
 @pytest.fixture
@@ -79,23 +98,6 @@ def corpus(tmp_path) -> Path:
     path = tmp_path / "corpus.txt"
     path.write_text(TEXT, encoding="utf-8")
     return path
-
-
-def small_encoding() -> tiktoken.Encoding:
-    """GPT-2's way to cut a text into words, but 256 bytes and 40 pairs of them in all."""
-    pairs = sorted({TEXT[i : i + 2].encode() for i in range(len(TEXT) - 1)})[:40]
-    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
-    return tiktoken.Encoding(
-        "small", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 296}
-    )
-
-
-@pytest.fixture
-def bpe(monkeypatch) -> tiktoken.Encoding:
-    """A small encoding in the place of GPT-2's, which has to be downloaded."""
-    encoding = small_encoding()
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
-    return encoding
 
 
 @pytest.fixture
