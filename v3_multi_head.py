@@ -68,13 +68,13 @@ class Head(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
+        head_size = self.key.out_features
         query = self.query(x)  # (B, T, head_size)
         key = self.key(x)  # (B, T, head_size)
         value = self.value(x)  # (B, T, head_size)
         # If the numbers in query and key have variance 1, a sum of head_size products has variance
         # head_size. Scores that large make the softmax pick a single position, where its gradient
         # is almost zero. Dividing by the square root brings their variance back to 1.
-        head_size = key.shape[-1]
         scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
         # All positions of a window are trained at once, and the target at each is the input at
         # the next. A model that could look ahead would copy it instead of learning to predict.

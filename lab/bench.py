@@ -1,15 +1,15 @@
-"""bench.py: how fast the rungs with attention train, and in what memory; how fast they write.
+"""bench.py: how fast the scripts train and generate, and how much memory they take.
 
-All have the same shape, and so has the GPT-2 of the library transformers, for comparison. They take
-turns, one after another and round after round, so that whatever else the machine does slows all of
-them alike; each turn has a process of its own. A turn of training is a step to warm up, then the
-steps that count, from batch to optimizer, as the rung's own train() does them. A turn of
-generation fills the context, block_size tokens, from one token.
+All models have the same shape, and so does the GPT-2 of the library transformers, for comparison.
+They take turns, round after round, so that whatever else the machine does slows all of them alike.
+Each turn has a process of its own. A training turn is one step to warm up and then the steps that
+count, exactly as the script's own train() runs them. A generation turn fills the context of
+block_size tokens, starting from one token.
 
 Run it:   python lab/bench.py
           python lab/bench.py --models v5_gpt,v6_fast --batch_size 24 --block_size 64 --steps 50
           python lab/bench.py --models "" --writers v7_training,v8_sampling
-Writes:   lab/out/bench.md, two tables of medians, their ratios to v5_gpt.py and to v7_training.py.
+Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7_training.py.
 """
 
 import importlib
@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the rungs are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ from lab.ladder import SCRIPTS
 
 MODELS = [*SCRIPTS[1:], "transformers"]
 WRITERS = [*SCRIPTS[SCRIPTS.index("v7_training") :], "transformers"]
-SAMPLES = (1, 16)  # texts written at a time
-VOCAB_SIZE = 65  # that of Shakespeare
+SAMPLES = (1, 16)  # texts generated at a time
+VOCAB_SIZE = 65  # as in Shakespeare
 
 
 @dataclass
@@ -78,7 +78,7 @@ class Config:
 
 @dataclass
 class Turn:
-    """What a turn measured; GB of memory are None where the system does not count them."""
+    """What a training turn measured; gigabytes are None on systems that don't count them."""
 
     tokens_per_second: float
     utilisation: float
@@ -88,7 +88,7 @@ class Turn:
 
 
 class Reference(nn.Module):
-    """The GPT-2 of transformers behind the interface of a rung."""
+    """The GPT-2 of transformers, with the interface of a script's model."""
 
     def __init__(self, cfg: v6_fast.Config, vocab_size: int) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class Reference(nn.Module):
         return logits, F.cross_entropy(logits.flatten(0, 1), targets.flatten())  # and ()
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Continue token ids idx, int64 (B, T), with the library's own cache, drawing from all."""
+        """Append sampled tokens to idx, int64 (B, T), using the library's own cache."""
         return self.gpt2.generate(  # (B, T + max_new_tokens)
             idx, attention_mask=torch.ones_like(idx), max_new_tokens=max_new_tokens,
             do_sample=True, top_k=0, use_cache=True,
@@ -118,7 +118,7 @@ class Reference(nn.Module):
 def train_reference(
     model: Reference, train_data: np.ndarray, _: np.ndarray, cfg: v6_fast.Config
 ) -> None:
-    """The training loop of v5, without its estimates of the loss."""
+    """The training loop of v5, without the loss estimates."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     for _ in range(cfg.max_iters):
         x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
@@ -129,7 +129,7 @@ def train_reference(
 
 
 def peak_memory(device: str) -> float | None:
-    """The most memory that this process has had, in GB: the GPU's where it uses one."""
+    """The most memory this process has used so far, in GB, on the GPU if it uses one."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 1e9
     try:
@@ -141,22 +141,22 @@ def peak_memory(device: str) -> float | None:
 
 
 def be_quiet() -> None:
-    """Drop what a process prints: the rungs' logs, and what Ctrl-C makes Python say."""
+    """Discard what a process prints: the scripts' logs, and Python's message after Ctrl-C."""
     sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
-def config_of(rung: Any, cfg: Config) -> Any:
-    """The Config of a rung with the shape to measure, and as many steps."""
+def config_of(script: Any, cfg: Config) -> Any:
+    """A script's Config with the shape and the number of steps to measure."""
     values = asdict(cfg) | {"max_iters": 1 + cfg.steps, "eval_interval": 10**9, "eval_iters": 1}
-    known = {field.name for field in fields(rung.Config)}
-    return rung.Config(**{name: value for name, value in values.items() if name in known})
+    known = {field.name for field in fields(script.Config)}
+    return script.Config(**{name: value for name, value in values.items() if name in known})
 
 
 def take_turn(name: str, cfg: Config) -> Turn:
-    """Train a new model for 1 + steps steps in this process, and measure the last of them."""
-    rung = v6_fast if name == "transformers" else importlib.import_module(name)
-    rung_cfg = config_of(rung, cfg)
-    make, train = rung.LanguageModel, rung.train
+    """Train a new model for 1 + steps steps in this process, and time all but the first."""
+    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    script_cfg = config_of(script, cfg)
+    make, train = script.LanguageModel, script.train
     if name == "transformers":
         make, train = Reference, train_reference
 
@@ -164,7 +164,7 @@ def take_turn(name: str, cfg: Config) -> Turn:
     ids = torch.randint(VOCAB_SIZE, (200_000,)).tolist()
     train_data, val_data = data.split(ids, cfg.block_size)
     gb_before = peak_memory(cfg.device)
-    model = make(rung_cfg, VOCAB_SIZE).to(cfg.device)
+    model = make(script_cfg, VOCAB_SIZE).to(cfg.device)
     times = []
 
     def note_time(*_: Any) -> None:
@@ -173,17 +173,17 @@ def take_turn(name: str, cfg: Config) -> Turn:
         times.append(time.perf_counter())
 
     hook = register_optimizer_step_post_hook(note_time)
-    train(model, train_data, val_data, rung_cfg)
+    train(model, train_data, val_data, script_cfg)
     hook.remove()
     tokens = cfg.steps * cfg.batch_size * cfg.block_size
     tokens_per_second = tokens / (times[cfg.steps] - times[0])
 
     gb_after = peak_memory(cfg.device)
     fused = name in SCRIPTS[SCRIPTS.index("v6_fast") :]
-    dtype = v6_fast.choose_dtype(rung_cfg) if fused else "float32"
-    with torch.device("meta"):  # what counts is the shape, which is the same here
-        counted = v6_fast.LanguageModel(rung_cfg, VOCAB_SIZE) if make is Reference else model
-    n_layer = cfg.n_layer if hasattr(rung_cfg, "n_layer") else 1
+    dtype = v6_fast.choose_dtype(script_cfg) if fused else "float32"
+    with torch.device("meta"):  # no memory: only the shapes are counted
+        counted = v6_fast.LanguageModel(script_cfg, VOCAB_SIZE) if make is Reference else model
+    n_layer = cfg.n_layer if hasattr(script_cfg, "n_layer") else 1
     counted_cfg = v6_fast.Config(
         block_size=cfg.block_size, n_embd=cfg.n_embd, n_layer=n_layer, device=cfg.device,
         dtype=dtype,
@@ -193,20 +193,20 @@ def take_turn(name: str, cfg: Config) -> Turn:
 
 
 def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
-    """Fill a new model's context from one token, num_samples times at once: tokens/s and dtype."""
-    rung = v6_fast if name == "transformers" else importlib.import_module(name)
-    make = Reference if name == "transformers" else rung.LanguageModel
+    """Fill the contexts of num_samples texts from one token each: (tokens/s, dtype)."""
+    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    make = Reference if name == "transformers" else script.LanguageModel
     torch.manual_seed(0)
-    config = config_of(rung, cfg)
+    config = config_of(script, cfg)
     model = make(config, VOCAB_SIZE).to(cfg.device).eval()
-    if hasattr(rung, "lay_out_for_rows"):
-        rung.lay_out_for_rows(model)
+    if hasattr(script, "lay_out_for_rows"):
+        script.lay_out_for_rows(model)
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
     model.generate(idx, min(8, cfg.block_size - 1))[0, 0].item()  # to warm up
     start = time.perf_counter()
     model.generate(idx, cfg.block_size - 1)[0, 0].item()  # which waits for the device
     speed = num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
-    # From v8 on, generation is in float32, whatever the dtype of training.
+    # From v8 on, generation uses float32, whatever the dtype of training.
     return speed, v6_fast.choose_dtype(config) if name == "v7_training" else "float32"
 
 
@@ -222,13 +222,13 @@ def circumstances(cfg: Config) -> str:
 
 
 def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Config) -> str:
-    """The speeds of generation in Markdown: how they were made, then a row a model."""
+    """The speed of generation in Markdown: how it was measured, then a row for each model."""
     lines = [
         f"Generation with {circumstances(cfg)}: {cfg.block_size - 1} tokens after a first one, for "
         f"1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
-        "the least and the most.",
+        "the lowest and the highest.",
         "",
-        "| texts | model | dtype | tokens/s | least to most | times v7 |",
+        "| texts | model | dtype | tokens/s | lowest to highest | times v7 |",
         "|---:|---|---|---:|---:|---:|",
     ]
     medians = {key: median(speed for speed, _ in results) for key, results in turns.items()}
@@ -245,15 +245,15 @@ def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Conf
 
 
 def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
-    """The results of training in Markdown: how they were made, then a row a model."""
+    """The results of training in Markdown: how they were measured, then a row for each model."""
     lines = [
         f"Training with batch_size {cfg.batch_size}, dropout {cfg.dropout:g}, "
         f"{circumstances(cfg)}, torch.compile {'on' if cfg.compile else 'off'}. Tokens/s: the "
-        f"median of {cfg.rounds} turns of {cfg.steps} steps, with the least and the most. Memory: "
-        "the most that was in use, less what was before there was a model. Utilisation: of the "
-        "rate of a matrix product of the same dtype.",
+        f"median of {cfg.rounds} turns of {cfg.steps} steps, with the lowest and the highest. "
+        "Memory: the peak, minus what was in use before there was a model. Utilisation: the "
+        "fraction of peak matmul throughput in the same dtype that the model achieves.",
         "",
-        "| model | dtype | tokens/s | least to most | times v5 | utilisation | memory |",
+        "| model | dtype | tokens/s | lowest to highest | times v5 | utilisation | memory |",
         "|---|---|---:|---:|---:|---:|---:|",
     ]
     speeds = {name: [turn.tokens_per_second for turn in t] for name, t in turns.items()}
@@ -273,10 +273,12 @@ def table(turns: dict[str, list[Turn]], cfg: Config) -> str:
 
 
 def names_in(flag: str, text: str, known: list[str]) -> list[str]:
-    """The names in text, each once; raises data.InputError for one that is not known."""
+    """The names in text, each once; raises data.InputError for one that isn't known."""
     names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if unknown := [name for name in names if name not in known]:
-        raise data.InputError(f"--{flag}: no {unknown}; there are {', '.join(known)}")
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        listed = ", ".join(known)
+        raise data.InputError(f"--{flag}: {', '.join(unknown)} unknown; there are {listed}")
     return names
 
 
@@ -287,7 +289,7 @@ def main(argv: list[str] | None = None) -> None:
         names = names_in("models", cfg.models, MODELS)
         writers = names_in("writers", cfg.writers, WRITERS)
         if not names + writers:
-            raise data.InputError("--models and --writers: both empty; name what to measure")
+            raise data.InputError("--models and --writers: both empty; say what to measure")
         if "transformers" in names + writers and not find_spec("transformers"):
             why = "no transformers; pip install -r requirements-dev.txt"
             raise data.InputError(f"--models, --writers: {why}")
@@ -310,7 +312,7 @@ def main(argv: list[str] | None = None) -> None:
                 with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
                     results.append(process.submit(turn, name, *more).result())
             except BrokenProcessPool:
-                why = f"the process of {name} was ended, as for want of memory"
+                why = f"the process of {name} was killed, probably for lack of memory"
                 raise data.InputError(f"{why}; try a smaller --n_embd or --batch_size") from None
         tables = [table(turns, cfg)] if names else []
         tables += [write_table(write_turns, cfg)] if writers else []

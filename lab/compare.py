@@ -1,12 +1,13 @@
-"""compare.py: train every rung under the same budget, and put the results side by side.
+"""compare.py: train every script on the same budget and put the results side by side.
 
-Each rung gets the same corpus, settings and number of training tokens: max_iters batches of
-batch_size windows of block_size tokens. A rung that lacks a setting goes without it. The run of
-each is the one that its own command makes with the same flags, to the last digit.
+Each script gets the same text, the same settings and the same number of training tokens:
+max_iters batches of batch_size windows of block_size tokens. A script that doesn't have a setting
+goes without it. Each run is the one that the script's own command makes with the same flags, to
+the last digit.
 
 Run it:   python lab/compare.py
-          python lab/compare.py --rungs v4_feedforward,v5_gpt --data python --prompt "def "
-          python lab/compare.py --rungs "" --logs out/v7/log.jsonl
+          python lab/compare.py --scripts v4_feedforward,v5_gpt --data python --prompt "def "
+          python lab/compare.py --scripts "" --logs out/v7/log.jsonl
 Writes:   lab/out/compare.md, a table of losses and times and samples, and compare.png, the curves.
 """
 
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the rungs are one folder up
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
 import matplotlib
 import numpy as np
@@ -29,7 +30,7 @@ from tqdm import tqdm
 import data
 import v7_training
 from data import setting
-from lab.ladder import PAIRS, SCRIPTS, changed_lines
+from lab.ladder import PARENTS, SCRIPTS, changed_lines
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
@@ -37,7 +38,7 @@ from matplotlib import pyplot as plt
 
 @dataclass
 class Config(v7_training.Config):
-    """The settings of training, those of v7_training.py, and what to compare."""
+    """The settings of v7_training.py, and what to compare."""
 
     scripts: str = setting(
         "scripts to train, separated by commas", gpu=",".join(SCRIPTS), cpu=",".join(SCRIPTS)
@@ -48,9 +49,9 @@ class Config(v7_training.Config):
 
 @dataclass
 class Result:
-    """What one rung came to: losses in nats, seconds of training with its loss estimates."""
+    """How one script did: losses in nats, seconds of training including its loss estimates."""
 
-    rung: str
+    script: str
     parameters: int
     history: list[tuple[int, float, float]]
     val_loss: float
@@ -59,30 +60,31 @@ class Result:
 
 
 def config_of(name: str, cfg: Config) -> Any:
-    """The Config of a rung with those settings that it has."""
+    """A script's Config, with those of cfg's settings that it has."""
     known = {field.name for field in fields(importlib.import_module(name).Config)}
     values = {name: value for name, value in asdict(cfg).items() if name in known}
     return importlib.import_module(name).Config(**values)
 
 
-def train_rung(
+def train_script(
     name: str, cfg: Config, tokenizer: data.CharTokenizer, train_data: np.ndarray,
     val_data: np.ndarray,
 ) -> Result:
-    """Train one rung and sample from it; val_loss is over the whole of val_data."""
-    rung, rung_cfg = importlib.import_module(name), config_of(name, cfg)
+    """Train one script and sample from it; val_loss is over the whole of val_data."""
+    script, script_cfg = importlib.import_module(name), config_of(name, cfg)
     torch.manual_seed(cfg.seed)
-    model = rung.LanguageModel(rung_cfg, tokenizer.n_vocab).to(cfg.device)
+    model = script.LanguageModel(script_cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
-    history = rung.train(model, train_data, val_data, rung_cfg)
+    history = script.train(model, train_data, val_data, script_cfg)
     seconds = time.perf_counter() - start
-    if history[-1][0] < cfg.max_iters:  # from v7 on, Ctrl-C ends the training of a rung early
+    if history[-1][0] < cfg.max_iters:  # from v7 on, train() returns early after Ctrl-C
         raise KeyboardInterrupt
     model.eval()
-    prompt = torch.tensor([tokenizer.encode(cfg.prompt or "\n")], device=cfg.device)  # (1, T)
+    start_text = cfg.prompt if cfg.prompt else "\n"
+    prompt = torch.tensor([tokenizer.encode(start_text)], device=cfg.device)  # (1, T)
     sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
     return Result(
-        rung=name,
+        script=name,
         parameters=sum(p.numel() for p in model.parameters()),
         history=history,
         val_loss=v7_training.whole_loss(model, val_data, cfg),
@@ -92,60 +94,62 @@ def train_rung(
 
 
 def table(results: list[Result], cfg: Config) -> str:
-    """The results in Markdown: how they were made, one row a rung, then the samples."""
+    """The results in Markdown: how they were made, a row for each script, then the samples."""
     tokens = cfg.max_iters * cfg.batch_size * cfg.block_size
     on_gpu = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
-    before = {after: before for before, after in PAIRS}
-    others = ("rungs", "logs", "out", "out_dir", "resume", "sample_only")
+    others = ("scripts", "logs", "out", "out_dir", "resume", "sample_only")
     settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in others)
     lines = [
-        f"Each rung trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats: train, "
-        "the last estimate; validation, the whole split. Seconds and tokens/s are of training "
-        "with its loss estimates. Changed lines are against the rung before, without docstrings.",
+        f"Each script trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
+        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats; the "
+        "training loss is the last estimate, the validation loss that of the whole split. Seconds "
+        "and tokens/s are those of training, including the loss estimates. Changed lines are those "
+        "of the diff to the parent, module docstrings left out.",
         "",
-        "| rung | parameters | train loss | validation loss | seconds | tokens/s | changed lines |",
+        "| script | parameters | training loss | validation loss | seconds | tokens/s | "
+        "changed lines |",
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
-        changed = changed_lines(before[result.rung], result.rung) if result.rung in before else "-"
+        parent = PARENTS[result.script]
+        changed = changed_lines(parent, result.script) if parent else "-"
         lines.append(
-            f"| `{result.rung}.py` | {result.parameters:,} | {result.history[-1][1]:.4f} | "
+            f"| `{result.script}.py` | {result.parameters:,} | {result.history[-1][1]:.4f} | "
             f"{result.val_loss:.4f} | {result.seconds:.0f} | {tokens / result.seconds:,.0f} | "
             f"{changed} |"
         )
     for result in results:
-        lines += ["", f"`{result.rung}.py`:", "", "```text", result.sample.strip("\n"), "```"]
+        lines += ["", f"`{result.script}.py`:", "", "```text", result.sample.strip("\n"), "```"]
     return "\n".join(lines) + "\n"
 
 
 def read_log(name: str) -> list[tuple[int, float, float]]:
-    """The history that v7_training.py and later rungs write: (step, train loss, validation loss).
+    """Read a log.jsonl of v7_training.py or later as (step, train loss, validation loss).
 
-    Raises data.InputError where the file is no such log.
+    Raises data.InputError if the file isn't one.
     """
     try:
         entries = map(json.loads, Path(name).read_text(encoding="utf-8").splitlines())
         history = [(int(e["step"]), float(e["train_loss"]), float(e["val_loss"])) for e in entries]
         if not np.isfinite(history).all():
-            raise ValueError("a number in it is not finite")
+            raise ValueError("a loss in it isn't finite")
     except (OSError, ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-        raise data.InputError(f"--logs {name}: no log in JSON lines ({error})") from None
+        raise data.InputError(f"--logs {name}: not a log.jsonl ({error})") from None
     if not history:
         raise data.InputError(f"--logs {name}: empty; wait for the first loss estimate")
     return history
 
 
 def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """The loss curves of all histories as a picture: validation solid, training dashed."""
+    """Draw the loss curves: validation loss solid, training loss dashed."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(histories)))
     for (label, history), color in zip(histories.items(), colors, strict=True):
         steps, train_losses, val_losses = zip(*history, strict=True)
         axes.plot(steps, val_losses, color=color, label=label)
         axes.plot(steps, train_losses, color=color, linestyle="--", linewidth=0.8)
-    # The fall from ln(V) in the first steps is much the same for all, and would hide the rest.
+    # All curves start near ln(V); to show where they differ, the axis starts after that.
     later = [loss for h in histories.values() for _, *losses in h[1:] for loss in losses]
     if later:
         axes.set_ylim(min(later) - 0.05, max(later) + 0.05)
@@ -159,22 +163,24 @@ def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> No
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare the rungs as the flags in argv say; files are written anew after each rung."""
+    """Train the scripts named in argv's flags; write the table and the picture after each one."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.grad_accum_steps > 1 or cfg.resume or cfg.sample_only:
-            raise data.InputError("--grad_accum_steps, --resume, --sample_only: not to compare")
-        names = [name.strip() for name in cfg.rungs.split(",") if name.strip()]
-        if unknown := [name for name in names if name not in SCRIPTS]:
-            raise data.InputError(f"--rungs: no {unknown}; there are {', '.join(SCRIPTS)}")
+            raise data.InputError("--grad_accum_steps, --resume, --sample_only: not for comparing")
+        names = [name.strip() for name in cfg.scripts.split(",") if name.strip()]
+        unknown = [name for name in names if name not in SCRIPTS]
+        if unknown:
+            listed = ", ".join(SCRIPTS)
+            raise data.InputError(f"--scripts: {', '.join(unknown)} unknown; there are {listed}")
         logs = [name.strip() for name in cfg.logs.split(",") if name.strip()]
         histories = {name: read_log(name) for name in logs}
         if not names and not logs:
-            raise data.InputError("--rungs and --logs: both empty; name what to compare")
+            raise data.InputError("--scripts and --logs: both empty; say what to compare")
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         splits = data.split(tokenizer.encode(text), cfg.block_size)
-        # What is wrong is to show now, not once the first rungs are trained.
+        # Find mistakes now, not after the first scripts have been trained.
         tokenizer.encode(cfg.prompt)
         for name in names:
             importlib.import_module(name).LanguageModel(config_of(name, cfg), tokenizer.n_vocab)
@@ -186,9 +192,9 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         results = []
-        for name in tqdm(names, desc="rungs"):
+        for name in tqdm(names, desc="scripts"):
             tqdm.write(f"{name}.py")
-            result = train_rung(name, cfg, tokenizer, *splits)
+            result = train_script(name, cfg, tokenizer, *splits)
             results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
             histories[f"{name}  {result.val_loss:.3f}"] = result.history

@@ -126,11 +126,11 @@ def propagate(
 
 
 def count_changes(old: str, new: str) -> str:
-    """How many lines were added and removed, in words."""
+    """How many lines were added and removed, as in "+2 -1 lines"."""
     diff = list(difflib.ndiff(old.splitlines(), new.splitlines()))
     added = sum(line.startswith("+ ") for line in diff)
     removed = sum(line.startswith("- ") for line in diff)
-    return f"{added} lines added, {removed} removed"
+    return f"+{added} -{removed} lines"
 
 
 def script_name(typed: str) -> str:

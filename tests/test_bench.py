@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import v6_fast
 from lab import bench
-from lab.ladder import ROOT, RUNGS
+from lab.ladder import ROOT, SCRIPTS
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
 FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
@@ -22,7 +22,7 @@ def config(**changes):
     return bench.Config(**SHAPE | {"device": "cpu", "steps": 2, "compile": False} | changes)
 
 
-@pytest.mark.parametrize("name", [*RUNGS[1:], "transformers"])
+@pytest.mark.parametrize("name", [*SCRIPTS[1:], "transformers"])
 def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
     """On a clock that goes on by a second for each step of an optimizer, and by no other time."""
     now = [0.0]
@@ -44,10 +44,10 @@ def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
     assert len(steps) == 3
     assert turn.tokens_per_second == pytest.approx(3 * 8 * 2 / 2, rel=1e-3)
     assert turn.dtype == "float32"
-    assert turn.utilisation == (1 if name in RUNGS[1:4] else 2)  # layers in the FLOPs
+    assert turn.utilisation == (1 if name in SCRIPTS[1:4] else 2)  # layers in the FLOPs
 
 
-def test_the_reference_has_the_shape_of_the_rungs():
+def test_the_reference_has_the_shape_of_the_scripts():
     model = bench.Reference(v6_fast.Config(**SHAPE, dropout=0.0), 65)
     ids = torch.zeros(3, 8, dtype=torch.int64)
     logits, loss = model(ids, ids)
@@ -106,8 +106,8 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
         now[0] += 1
         return now[0]
 
-    rung = v6_fast if name == "transformers" else importlib.import_module(name)
-    make = bench.Reference if name == "transformers" else rung.LanguageModel
+    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    make = bench.Reference if name == "transformers" else script.LanguageModel
     real = make.generate
 
     def generate(model, idx, max_new_tokens):

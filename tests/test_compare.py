@@ -1,9 +1,8 @@
-"""The comparison: the same runs as the rungs' own, in a table and a picture."""
+"""lab/compare.py: the runs of the scripts' own commands, in a table and a picture."""
 
+import importlib
 import json
 import re
-import subprocess
-import sys
 
 import matplotlib.image
 import pytest
@@ -11,31 +10,26 @@ from conftest import TEXT, losses_and_sample, tiny_flags
 
 import v7_training
 from lab import compare
-from lab.ladder import ROOT, RUNGS
+from lab.ladder import SCRIPTS
 
 
-def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
+def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys):
     flags = [*tiny_flags(v7_training), "--data", str(corpus), "--prompt", "The "]
-    command = [sys.executable, "lab/compare.py", *flags, "--out", str(tmp_path / "new" / "out")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100)
-    assert done.returncode == 0, done.stderr
+    compare.main([*flags, "--out", str(tmp_path / "new" / "out")])
+    out = capsys.readouterr().out
     written = (tmp_path / "new" / "out" / "compare.md").read_text(encoding="utf-8")
-    assert written in done.stdout
+    assert written in out
     rows = re.findall(r"^\| `(\w+)\.py` \|(.*)\|$", written, flags=re.MULTILINE)
-    assert [name for name, _ in rows] == RUNGS
+    assert [name for name, _ in rows] == SCRIPTS
     assert f"on {3 * 4 * 5} tokens" in written
 
-    for rung in RUNGS:  # each run is the rung's own
-        names = {flag[2:] for flag in flags if flag.startswith("--")}
-        module = __import__(rung)
-        own = [*tiny_flags(module), "--data", str(corpus), "--prompt", "The "]
-        more = {flag[2:] for flag in own if flag.startswith("--")} - names
-        assert more <= {"tokenizer"}, "which compare.py, whose tokens are characters, needs not"
-        module.main(own)
+    for name in SCRIPTS:  # each run is the one of the script's own command
+        script = importlib.import_module(name)
+        script.main([*tiny_flags(script), "--data", str(corpus), "--prompt", "The "])
         lines = losses_and_sample(capsys.readouterr().out).splitlines()
         losses = [line for line in lines if line.startswith("step")]
         assert len(losses) == 3
-        assert "\n".join(losses) in losses_and_sample(done.stdout)
+        assert "\n".join(losses) in losses_and_sample(out)
 
     picture = matplotlib.image.imread(tmp_path / "new" / "out" / "compare.png")
     assert picture.shape[:2] == (600, 1200)
@@ -45,16 +39,16 @@ def test_the_comparison_of_all_rungs(tmp_path, corpus, capsys):
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
-        (["--rungs", "v5_gpt,v99"], "v99"),
+        (["--scripts", "v5_gpt,v99"], "v99"),
         (["--prompt", "é"], "--prompt"),
         (["--n_head", "5"], "--n_head"),
         (["--grad_accum_steps", "2"], "--grad_accum_steps"),
         (["--resume"], "--resume"),
-        (["--rungs", ","], "--rungs and --logs: both empty"),
+        (["--scripts", ","], "--scripts and --logs: both empty"),
     ],
 )
 def test_bad_flags(corpus, tmp_path, capsys, flags, said):
-    common = [*tiny_flags(v7_training), "--rungs", "bigram,v5_gpt", "--data", str(corpus)]
+    common = [*tiny_flags(v7_training), "--scripts", "bigram,v5_gpt", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
@@ -73,7 +67,7 @@ def test_a_place_that_can_not_be_written(corpus, tmp_path, capsys, blocked):
         path.write_text(TEXT, encoding="utf-8")
     else:
         path.mkdir(parents=True)
-    common = [*tiny_flags(v7_training), "--rungs", "bigram", "--data", str(corpus)]
+    common = [*tiny_flags(v7_training), "--scripts", "bigram", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -91,7 +85,7 @@ def test_logs_are_drawn_too(tmp_path, capsys, corpus):
     log.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
     assert compare.read_log(str(log)) == [(0, 4.0, 5.0), (1, 3.0, 4.0), (2, 2.0, 3.0)]
     out = tmp_path / "out"
-    flags = [*tiny_flags(v7_training), "--data", str(corpus), "--out", str(out), "--rungs", ""]
+    flags = [*tiny_flags(v7_training), "--data", str(corpus), "--out", str(out), "--scripts", ""]
     compare.main([*flags, "--logs", str(log)])
     picture = matplotlib.image.imread(out / "compare.png")
     assert picture[..., :3].std() > 0.02

@@ -1,19 +1,21 @@
-"""The laws of the ladder: standalone, one lesson a diff, small diffs, importable, one shape."""
+"""The laws of the course: standalone scripts, one idea per diff, small diffs, the same order."""
 
 import ast
+import inspect
 import subprocess
 import sys
 
 import pytest
 
-from lab.ladder import PAIRS, ROOT, RUNGS, changed_lines, source
+from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, source
 
-# The course at a glance. From each rung to the next: the lesson, the parts of the program that it
-# adds, the parts that it changes, and those whose work it does in another way. Whatever is not
-# named here is the same, byte for byte.
+# The course at a glance. For each script: its parent, its lesson, and the definitions that it adds
+# to its parent, changes in it, or replaces by better ones. Everything else is the same in both,
+# byte for byte.
 COURSE = {
     "v2_single_head": {
-        "lesson": "look back: every position picks what it needs from those before it",
+        "parent": "bigram",
+        "lesson": "look back: each position gathers information from the ones before it",
         "adds": ["Config.n_embd", "Head"],
         "changes": [
             "Config.learning_rate",
@@ -23,17 +25,20 @@ COURSE = {
         ],
     },
     "v3_multi_head": {
+        "parent": "v2_single_head",
         "lesson": "look for several things at once, then mix what was found",
         "adds": ["Config.n_head", "MultiHeadAttention"],
         "changes": ["LanguageModel.__init__"],
     },
     "v4_feedforward": {
-        "lesson": "think about what was gathered, each position for itself",
+        "parent": "v3_multi_head",
+        "lesson": "process what was gathered, at each position separately",
         "adds": ["FeedForward"],
         "changes": ["LanguageModel.__init__", "LanguageModel.forward"],
     },
     "v5_gpt": {
-        "lesson": "do both many times over, in blocks that can be stacked and still train",
+        "parent": "v4_feedforward",
+        "lesson": "repeat both in a stack of blocks, built so that a deep stack still trains",
         "adds": ["Config.n_layer", "Config.dropout", "Block"],
         "changes": [
             "Head.__init__",
@@ -47,7 +52,8 @@ COURSE = {
         ],
     },
     "v6_fast": {
-        "lesson": "compute the same function in the way that keeps the machine busy",
+        "parent": "v5_gpt",
+        "lesson": "compute the same function faster",
         "replaces": ["Head"],
         "adds": [
             "import ctypes",
@@ -71,7 +77,8 @@ COURSE = {
         ],
     },
     "v7_training": {
-        "lesson": "train it as real runs are trained: a recipe, checkpoints, many processes",
+        "parent": "v6_fast",
+        "lesson": "train like a real run: a recipe, checkpoints, several processes",
         "adds": [
             "import json",
             "import os",
@@ -102,7 +109,8 @@ COURSE = {
         ],
     },
     "v8_sampling": {
-        "lesson": "read each token once, and choose the next one with care",
+        "parent": "v7_training",
+        "lesson": "process each token once, and choose the next one with care",
         "adds": [
             "from collections.abc",
             "from itertools",
@@ -131,7 +139,8 @@ COURSE = {
         ],
     },
     "v9_gpt2": {
-        "lesson": "close the last gaps to GPT-2, and its weights load",
+        "parent": "v8_sampling",
+        "lesson": "become GPT-2, so that its released weights load",
         "adds": [
             "import re",
             "import tiktoken",
@@ -173,26 +182,18 @@ COURSE = {
         ],
     },
 }
-MOST_CHANGED_LINES = {
-    "v2_single_head": 60,
-    "v3_multi_head": 30,
-    "v4_feedforward": 30,
-    "v5_gpt": 60,
-    "v6_fast": 150,
-    "v7_training": 200,
-    "v8_sampling": 150,
-    "v9_gpt2": 200,
-}
-MOST_LINES = {"data/__init__.py": 150, "v5_gpt.py": 240, "v9_gpt2.py": 700}
+MOST_CHANGED_LINES = 100
+# Later issues replace these by smaller scripts.
+TOO_LONG = ["v6_fast", "v7_training", "v8_sampling", "v9_gpt2"]
 
 
-def parts(rung: str) -> dict[str, str]:
-    """A rung cut into named parts, in order, each with the comments and blank lines above it.
+def parts(script: str) -> dict[str, str]:
+    """Cut a script into named parts, in order, each with the comments and blank lines above it.
 
-    A function is a part, and so is any other statement; a class is one for its head and one for
-    each member: "LanguageModel", "LanguageModel.forward", "Config.n_embd".
+    A function is a part, and so is any other statement. A class is a part up to its docstring, and
+    so is each of its members: "LanguageModel", "LanguageModel.forward", "Config.n_embd".
     """
-    text = source(rung)
+    text = source(script)
     module = ast.parse(text)
     starts = []  # (name, last line of the part)
 
@@ -215,81 +216,103 @@ def parts(rung: str) -> dict[str, str]:
     lines = text.splitlines(keepends=True)
     named, begin = {}, module.body[0].end_lineno + 1  # below the lesson and an empty line
     for name, end in starts:
-        assert name not in named, f"{rung}: {name} is there twice"
+        assert name not in named, f"{script}: {name} is there twice"
         named[name] = "".join(lines[begin:end])
         begin = end
     named["the end of the file"] = "".join(lines[begin:])
     return named
 
 
-@pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_the_diff_is_the_lesson_and_nothing_else(before, after):
-    old, new = parts(before), parts(after)
+def test_the_table_has_every_script_and_its_parent():
+    assert {script: row["parent"] for script, row in COURSE.items()} == {
+        script: parent for script, parent in PARENTS.items() if parent
+    }
+    assert list(PARENTS)[0] == "bigram"
+    files = {path.stem for path in ROOT.glob("*.py")}
+    assert files == set(SCRIPTS)
+
+
+@pytest.mark.parametrize(("parent", "child"), PAIRS)
+def test_the_diff_is_the_lesson_and_nothing_else(parent, child):
+    old, new = parts(parent), parts(child)
     gone = [name for name in old if name not in new and name.split(".")[0] in new]
     assert gone == [], "a lesson drops or renames nothing"
     gone = [name for name in old if name not in new and "." not in name]
-    assert gone == COURSE[after].get("replaces", [])
+    assert gone == COURSE[child].get("replaces", [])
 
     added = [name for name in new if name not in old]
     whole = [name for name in added if name.split(".")[0] not in added or "." not in name]
-    assert whole == COURSE[after]["adds"]
+    assert whole == COURSE[child]["adds"]
 
     kept = [name for name in old if name in new]
-    assert [name for name in kept if old[name] != new[name]] == COURSE[after]["changes"]
+    assert [name for name in kept if old[name] != new[name]] == COURSE[child]["changes"]
     assert [name for name in new if name in old] == kept, "what stays keeps its order"
 
 
-@pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_diffs_are_small(before, after):
-    assert 0 < changed_lines(before, after) <= MOST_CHANGED_LINES[after]
+@pytest.mark.parametrize(("parent", "child"), PAIRS)
+def test_a_diff_is_one_idea_long(parent, child, request):
+    if child in TOO_LONG:
+        too_long = pytest.mark.xfail(strict=True, reason="to be replaced by smaller scripts")
+        request.applymarker(too_long)
+    assert 0 < changed_lines(parent, child) <= MOST_CHANGED_LINES
 
 
-@pytest.mark.parametrize("name", MOST_LINES)
-def test_files_are_short(name):
-    assert len((ROOT / name).read_text(encoding="utf-8").splitlines()) <= MOST_LINES[name]
-
-
-@pytest.mark.parametrize("rung", RUNGS)
-def test_a_rung_stands_alone(rung):
-    allowed = sys.stdlib_module_names | {"torch", "numpy", "tqdm", "data"}
-    if rung == "v9_gpt2":
-        allowed |= {"tiktoken", "safetensors", "huggingface_hub"}
-    for node in ast.walk(ast.parse(source(rung))):
+def imports(script: str) -> set[str]:
+    """The packages that a script imports."""
+    names = set()
+    for node in ast.walk(ast.parse(source(script))):
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0
-            assert node.module.split(".")[0] in allowed
+            names.add(node.module.split(".")[0])
         if isinstance(node, ast.Import):
-            assert {alias.name.split(".")[0] for alias in node.names} <= allowed
+            names |= {alias.name.split(".")[0] for alias in node.names}
+    return names
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_every_rung_has_the_same_shape(rung):
-    module = ast.parse(source(rung))
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_stands_alone(script):
+    allowed = {"torch", "numpy", "tqdm", "data"}
+    if script == "v9_gpt2":
+        allowed |= {"tiktoken", "safetensors", "huggingface_hub"}
+    assert imports(script) <= sys.stdlib_module_names | allowed
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_has_the_same_order(script):
+    module = ast.parse(source(script))
     names = [node.name for node in module.body if hasattr(node, "name")]
     first_to_last = ["Config", "LanguageModel", "estimate_loss", "train", "main"]
     assert [name for name in names if name in first_to_last] == first_to_last
     assert (names[0], names[-1]) == ("Config", "main")
-    parts_of_the_model = [n.name for n in module.body if getattr(n, "bases", None)]
-    assert parts_of_the_model[-1] == "LanguageModel", "the smallest first"
-    lesson = ast.get_docstring(module).splitlines()
-    assert lesson[0].startswith(f"{rung}.py: ")
-    assert 10 <= len(lesson) <= 20
-    assert f"python {rung}.py" in "\n".join(lesson)
-    assert any(line.startswith("Expect:") for line in lesson)
+    components = [node.name for node in module.body if getattr(node, "bases", None)]
+    assert components[-1] == "LanguageModel", "components come before what they are part of"
 
 
-@pytest.mark.parametrize("rung", RUNGS)
-def test_importing_a_rung_reads_no_corpus_and_prints_nothing(rung):
-    program = f"""
-import sys
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_lesson_says_how_to_run_it_and_what_to_expect(script):
+    lesson = inspect.cleandoc(ast.get_docstring(ast.parse(source(script)))).splitlines()
+    assert lesson[0].startswith(f"{script}.py: ")
+    assert 10 <= len(lesson) <= 25
+    assert any(line.startswith("New here: ") for line in lesson)
+    assert any(line.startswith("Run it:   ") for line in lesson)
+    assert f"python {script}.py" in "\n".join(lesson)
+    assert any(line.startswith("Expect:   ") for line in lesson)
+    if script not in TOO_LONG and script != "bigram":
+        assert f"Diff:     git diff --no-index {PARENTS[script]}.py {script}.py" in lesson
+
+
+def test_importing_a_script_reads_no_file_and_prints_nothing():
+    program = """
+import importlib, sys
 import data  # and with it torch, which opens files of its own
+import huggingface_hub, safetensors.torch, tiktoken, torch.distributed
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
-import {rung}
+for script in sys.argv[1:]:
+    importlib.import_module(script)
 own = [name for name in opened if "site-packages" not in name]  # not what packages read for theirs
 sys.exit([name for name in own if not name.endswith((".py", ".pyc", ".zip", "boot_id"))] or 0)
 """
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
+    command = [sys.executable, "-B", "-c", program, *SCRIPTS]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,6 +1,7 @@
-"""Every shape comment holds: the rungs run under a tracer that reads the comments."""
+"""Every shape comment is true: the scripts run under a tracer that checks the comments."""
 
 import ast
+import importlib
 import io
 import re
 import sys
@@ -13,6 +14,7 @@ import torch
 from conftest import TEXT, TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
+from lab.ladder import SCRIPTS
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
 
@@ -107,27 +109,29 @@ def run_traced(path, run) -> ShapeTracer:
     return tracer
 
 
-def test_shape_comments_of_a_rung(rung, corpus, tmp_path, monkeypatch):
-    flags = [*tiny_flags(rung, prompt="The q"), "--data", str(corpus)]
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
+    script = importlib.import_module(name)
+    flags = [*tiny_flags(script, prompt="The q"), "--data", str(corpus)]
     ranks = {character.encode(): i for i, character in enumerate(sorted(set(TEXT)))}
     encoding = tiktoken.Encoding("", pat_str=".", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)  # V tokens
     np.zeros(200, dtype=np.uint16).tofile(tmp_path / "tokens.bin")
 
     def run():
-        rung.main(flags)
-        if hasattr(rung, "choose_token"):
+        script.main(flags)
+        if hasattr(script, "choose_token"):
             more = ["--temperature", "0.9", "--top_k", "9", "--top_p", "0.9"]
-            rung.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
-            rung.main([*flags, "--sample_only", "--temperature", "0"])
-            rung.LanguageModel(tiny(rung), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
-        if hasattr(rung, "read_settings"):
+            script.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
+            script.main([*flags, "--sample_only", "--temperature", "0"])
+            script.LanguageModel(tiny(script), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
+        if hasattr(script, "read_settings"):
             tokens = ["--tokenizer", "gpt2", "--data", str(tmp_path / "tokens.bin")]
-            rung.main([*flags, *tokens, "--norm", "post"])
-        if hasattr(rung, "get_batch"):  # its way for tokens that are on the device
-            rung.get_batch(torch.zeros(50, dtype=torch.int32), tiny(rung))
+            script.main([*flags, *tokens, "--norm", "post"])
+        if hasattr(script, "get_batch"):  # its way for tokens that are on the device
+            script.get_batch(torch.zeros(50, dtype=torch.int32), tiny(script))
 
-    tracer = run_traced(rung.__file__, run)
+    tracer = run_traced(script.__file__, run)
     assert tracer.wrong == []
     assert tracer.checked == set(tracer.claims), "a shape comment on a line that never ran"
     assert len(tracer.checked) >= 9

@@ -1,0 +1,156 @@
+"""data/flags.py: settings and their flags, --help, devices, and errors in one line."""
+
+import dataclasses
+
+import pytest
+import torch
+from conftest import refused, tiny_flags
+
+import bigram
+import data
+from data import flags, setting
+
+
+@dataclasses.dataclass
+class Config:
+    """One setting of each kind."""
+
+    size: int = setting("a size", gpu=64, cpu=24, least=1)
+    rate: float = setting("a rate", gpu=0.5, cpu=0.5, below=1)
+    name: str = setting("a name", gpu="g", cpu="c")
+    kind: str = setting("a kind", gpu="one", cpu="one", choices=["one", "two"])
+    switch: bool = setting("a switch", gpu=True, cpu=False)
+    device: str = setting("a device", gpu="cuda", cpu="cpu")
+
+
+def read(*argv):
+    return data.read_flags(Config, "The lesson.", list(argv))
+
+
+def pretend(monkeypatch, cuda=False, mps=False):
+    """Make PyTorch say which accelerators it has, and compute on the CPU all the same."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    real = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: real(*shape))
+
+
+def test_the_cpu_gets_its_own_defaults():
+    for device in ("cpu", "cpu:0"):
+        cfg = read("--device", device, "--rate", "0.25")
+        assert cfg == Config(24, 0.25, "c", "one", False, device)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_a_gpu_gets_its_own_defaults(monkeypatch, device):
+    pretend(monkeypatch, **{device: True})
+    assert read() == Config(64, 0.5, "g", "one", True, device)
+    assert read("--device", "cpu").size == 24
+
+
+def test_flags_of_every_type():
+    cfg = read("--device", "cpu", "--size", "7", "--name", "x y", "--kind", "two", "--switch")
+    assert cfg == Config(7, 0.5, "x y", "two", True, "cpu")
+    assert read("--device", "cpu", "--no-switch").switch is False
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--size", "0"], "--size 0: must be at least 1 and below 2147483648"),
+        (["--size", "-3"], "--size -3"),
+        (["--size", str(10**30)], f"--size {10**30}"),
+        (["--size", "many"], "argument --size: invalid int value: 'many'; see --help"),
+        (["--size", "2.5"], "argument --size"),
+        (["--size", ""], "argument --size"),
+        (["--size"], "argument --size"),
+        (["--rate", "-0.1"], "--rate -0.1: must be at least 0 and below 1"),
+        (["--rate", "1"], "--rate 1.0"),
+        (["--rate", "nan"], "--rate nan"),
+        (["--rate", "inf"], "--rate inf"),
+        (["--rate", "half"], "argument --rate"),
+        (["--kind", "three"], "argument --kind: invalid choice: 'three'"),
+        (["--nonsense", "1"], "unrecognized arguments: --nonsense 1; see --help"),
+        (["word"], "unrecognized arguments: word"),
+    ],
+)
+def test_values_that_are_refused(argv, said):
+    with pytest.raises(data.InputError) as error:
+        read("--device", "cpu", *argv)
+    assert str(error.value).startswith(said)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:9", "mps", "warp", "", "meta"])
+def test_devices_that_are_not_there(device):
+    if device in ("cuda", "mps") and flags.best_device() == device:
+        pytest.skip("this machine has one")
+    with pytest.raises(data.InputError, match=f"^--device {device}: .*; try --device cpu"):
+        read("--device", device)
+
+
+def help_of(config_class, capsys):
+    with pytest.raises(SystemExit) as stop:
+        data.read_flags(config_class, "The lesson.\n\n    a formula", ["--help"])
+    assert stop.value.code == 0
+    return capsys.readouterr().out
+
+
+def test_help_shows_the_lesson_and_the_defaults_in_force(monkeypatch, capsys):
+    pretend(monkeypatch)
+    text = help_of(Config, capsys)
+    assert text.startswith("The lesson.\n\n    a formula\n")
+    text = " ".join(text.split())
+    assert "--size int a size (default: 24; on a GPU: 64)" in text
+    assert "--rate float a rate (default: 0.5)" in text
+    assert "--name str a name (default: 'c'; on a GPU: 'g')" in text
+    assert "--kind {one,two} a kind (default: 'one')" in text
+    assert "--switch, --no-switch a switch (default: False; on a GPU: True)" in text
+    assert "--device str a device (default: 'cpu')" in text
+
+
+def test_help_on_a_machine_with_a_gpu(monkeypatch, capsys):
+    pretend(monkeypatch, mps=True)
+    text = " ".join(help_of(Config, capsys).split())
+    assert "--size int a size (default: 64; on the CPU: 24)" in text
+    assert "--device str a device (default: 'mps')" in text
+
+
+def test_a_mistake_ends_in_one_line_and_status_2(capsys):
+    with pytest.raises(SystemExit) as stop, data.command_line():
+        raise data.InputError("--data two\nlines: not there")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: --data two lines: not there\n"
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_too_little_memory(capsys, error):
+    with pytest.raises(SystemExit) as stop, data.command_line():
+        raise error
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.startswith("error: out of memory; try a smaller --batch_size")
+
+
+def test_a_tensor_that_no_machine_can_hold(capsys):
+    """PyTorch's own message for it is recognised."""
+    with pytest.raises(SystemExit), data.command_line():
+        torch.empty(2**50)  # 4 PiB
+    assert "out of memory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug")])
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error), match="a bug"), data.command_line():
+        raise error
+
+
+@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+def test_interruptions_have_the_status_that_shells_expect(error, status):
+    with pytest.raises(SystemExit) as stop, data.command_line():
+        raise error
+    assert stop.value.code == status
+
+
+def test_a_script_refuses_a_bad_flag_before_it_reads_anything(capsys):
+    words = [*tiny_flags(bigram), "--data", "missing.txt", "--batch_size", "0"]
+    line = refused(bigram, capsys, *words)
+    assert line.startswith("error: --batch_size 0")
