@@ -1,12 +1,18 @@
-"""The course as a tree: each script's parent, and how many lines a script changes in it."""
+"""ladder.py: the course as a tree: each script's parent, and how many lines the diff to it has.
 
+Run it:   python lab/ladder.py            prints the tree
+          python lab/ladder.py --update   also brings the counts in README.md up to date
+"""
+
+import argparse
 import ast
 import difflib
+import re
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# The parent is the script whose diff a learner reads. Parents come before their children.
+# The parent is the script that the lesson's diff is read against. Parents come before children.
 PARENTS = {
     "bigram": None,
     "v2_single_head": "bigram",
@@ -41,3 +47,39 @@ def changed_lines(parent: str, child: str) -> int:
     diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     body = list(diff)[2:]  # below the two lines that name the files
     return sum(line.startswith(("+", "-")) for line in body)
+
+
+def tree() -> str:
+    """The tree in words: a line for each script, indented below its parent."""
+    lines = []
+    depth = {None: -1}
+    for script, parent in PARENTS.items():
+        depth[script] = depth[parent] + 1
+        count = f"  {changed_lines(parent, script)} changed lines" if parent else ""
+        lines.append("  " * depth[script] + f"{script}.py{count}")
+    return "\n".join(lines)
+
+
+def update_counts(readme: str) -> str:
+    """The text of README.md with the changed lines in its table of the course up to date."""
+    for parent, child in PAIRS:
+        row = re.compile(rf"^(\| \[{child}\.py\]\({child}\.py\) \| [^|]+ \| )\d+ \|", re.MULTILINE)
+        readme = row.sub(rf"\g<1>{changed_lines(parent, child)} |", readme)
+    return readme
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the tree; with --update in argv, also rewrite the counts in README.md."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--update", action="store_true", help="bring README.md up to date")
+    args = parser.parse_args(argv)
+    print(tree())
+    if args.update:
+        path = ROOT / "README.md"
+        path.write_text(update_counts(path.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

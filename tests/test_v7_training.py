@@ -35,8 +35,8 @@ def flags(corpus, out, **changes):
 
 def start(*command):
     """Start a Python program in the repository, with its output in pipes."""
-    pipe = subprocess.PIPE
-    return subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, stdout=pipe, stderr=pipe)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, *command], cwd=ROOT, text=True, **pipes)
 
 
 def saved(out, name="latest.pt"):
@@ -209,21 +209,27 @@ def test_a_killed_run_goes_on_as_if_it_had_never_stopped(corpus, tmp_path, capsy
     assert seconds == sorted(seconds)
 
 
+def test_a_finished_run_that_is_resumed_gives_the_same_sample(corpus, tmp_path, capsys):
+    v7.main(flags(corpus, tmp_path / "out"))
+    expected = end_of(capsys.readouterr().out)
+    v7.main([*flags(corpus, tmp_path / "out"), "--resume"])
+    assert end_of(capsys.readouterr().out) == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_training_but_still_saves_and_samples(
     corpus, tmp_path, capsys, monkeypatch, number
 ):
-    """The signal comes while the batch of step 3 is drawn. A second one would end the program."""
+    """The signal comes during the third step. A second one would end the program at once."""
     real, batches = v7.get_batch, []
 
     def batch(tokens, cfg):
         batches.append(1)
-        if len(batches) == 4 + 3:  # those of the first estimate, then one for each step
+        if len(batches) == 4 + 3:  # four for the first loss estimate, then one for each step
             signal.raise_signal(number)
             assert signal.getsignal(number) == signal.SIG_DFL
         return real(tokens, cfg)
 
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
     monkeypatch.setattr(v7, "get_batch", batch)
     v7.main([*flags(corpus, tmp_path, max_iters=800, eval_interval=50), "--prompt", "The "])
     out = capsys.readouterr().out
@@ -231,7 +237,8 @@ def test_a_signal_ends_training_but_still_saves_and_samples(
     assert "\nThe " in end_of(out)
     assert saved(tmp_path)["step"] == 3
     assert [entry["step"] for entry in log_of(tmp_path)] == [0, 3]
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 @pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is not for Windows")
@@ -359,12 +366,13 @@ def test_a_trap_works_on_a_careless_reader(tmp_path):
     assert (tmp_path / "trap").exists()
 
 
-@pytest.mark.parametrize(("flag", "name"), [("--resume", "latest.pt"), ("--sample_only", "best.pt")])
-def test_a_missing_checkpoint_is_refused(corpus, capsys, tmp_path, flag, name):
-    line = refused(v7, capsys, *flags(corpus, tmp_path / "none"), flag)
-    assert str(tmp_path / "none" / name) in line
-    assert "train first" in line
-    assert not (tmp_path / "none").exists()
+def test_a_missing_checkpoint_is_refused(corpus, capsys, tmp_path):
+    folder = tmp_path / "none"
+    for flag, name in {"--resume": "latest.pt", "--sample_only": "best.pt"}.items():
+        line = refused(v7, capsys, *flags(corpus, folder), flag)
+        assert str(folder / name) in line
+        assert "train first" in line
+        assert not folder.exists()
 
 
 def test_a_checkpoint_with_other_sizes_is_refused(trained, corpus, capsys):
@@ -432,7 +440,7 @@ def test_a_new_run_leaves_an_older_one_alone_until_it_has_trained(trained, corpu
     before = {path.name: path.read_bytes() for path in trained.iterdir()}
     v7.main(flags(corpus, trained, max_iters=0, seed=5))
     for name, content in before.items():
-        assert name == "unfinished" or (trained / name).read_bytes() == content
+        assert (trained / name).read_bytes() == content
 
 
 def test_a_new_run_keeps_the_checkpoints_of_an_older_one(trained, corpus):
@@ -453,9 +461,7 @@ def test_a_resumed_run_takes_a_new_weight_decay(trained, corpus, monkeypatch):
     assert all(entry["step"] == 6 for entry in made[-1].state.values())
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
-    corpus, trained, capsys, monkeypatch
-):
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(corpus, trained, capsys, monkeypatch):
     before = (trained / "latest.pt").read_bytes()
     real, calls = v7.estimate_loss, []
 

@@ -1,0 +1,120 @@
+"""README.md, docs/ and the lessons: commands that parse, links that work, counts that are true."""
+
+import ast
+import importlib
+import re
+import shlex
+
+import pytest
+import torch
+
+import data
+from lab.ladder import PARENTS, ROOT, SCRIPTS, source, update_counts
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCS = {path: path.read_text(encoding="utf-8") for path in PAGES}
+LESSONS = {script: ast.get_docstring(ast.parse(source(script))) for script in SCRIPTS}
+COMMAND = re.compile(r"^.*?\bpython ((?:lab/|v\d_)?\w+\.py[^\n`]*)", re.MULTILINE)
+COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values()]))))
+ROW = re.compile(
+    r"^\| \[(\w+)\.py\]\(\1\.py\) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \|$", re.MULTILINE
+)  # script, idea, changed lines, loss
+COURSE = {script: (idea, lines, float(loss)) for script, idea, lines, loss in ROW.findall(README)}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_have_flags_that_exist(command):
+    name, *flags = shlex.split(command.split("#")[0])
+    program = importlib.import_module(name.removesuffix(".py").replace("/", "."))
+    if name in ("lab/ladder.py", "lab/propagate.py") or flags == ["--help"]:
+        return
+    data.read_flags(program.Config, "", ["--device", "cpu", *flags])
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    kept = [re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings]
+    return {heading.replace(" ", "-") for heading in kept}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)]+)\)", DOCS[page])
+    for link in links:
+        if link.startswith("https://"):
+            continue
+        name, _, anchor = link.partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), link
+        assert target.is_relative_to(ROOT)
+        if anchor:
+            assert anchor in anchors(target.read_text(encoding="utf-8")), link
+
+
+def test_every_page_and_picture_is_linked():
+    linked = set()
+    for page, text in DOCS.items():
+        for link in re.findall(r"\]\(([^)#]+)", text):
+            linked.add((page.parent / link).resolve())
+    files = {path for path in (ROOT / "docs").iterdir() if path.name != "README.md"}
+    assert files <= linked
+    assert ROOT / "docs" in linked or ROOT / "docs" / "README.md" in linked
+
+
+def test_the_readme_is_for_the_first_five_minutes():
+    assert len(README.splitlines()) <= 200
+
+
+def test_the_course_is_in_one_table():
+    assert list(COURSE) == SCRIPTS
+    for idea, _, _ in COURSE.values():
+        assert len(idea.split()) < 10
+
+
+def test_the_table_counts_the_lines_of_each_diff():
+    assert COURSE["bigram"][1] == "–"
+    assert update_counts(README) == README, "run python lab/ladder.py --update"
+
+
+def test_the_losses_of_part_1_fall():
+    part_1 = SCRIPTS[: SCRIPTS.index("v5_gpt") + 1]
+    losses = [COURSE[script][2] for script in part_1]
+    assert losses == sorted(losses, reverse=True)
+
+
+@pytest.mark.parametrize("script", SCRIPTS[: SCRIPTS.index("v5_gpt") + 1])
+def test_lessons_expect_the_losses_of_the_table(script):
+    lesson = " ".join(LESSONS[script].split())
+    expected = float(re.search(r"Expect: a validation loss of about (\d\.\d+)", lesson)[1])
+    assert expected == pytest.approx(COURSE[script][2], abs=0.015)
+    parent = PARENTS[script]
+    if parent:
+        reached = float(re.search(rf"; {parent}\.py reaches (\d\.\d+)\.", lesson)[1])
+        assert reached == pytest.approx(COURSE[parent][2], abs=0.015)
+
+
+def parameters(script: str, vocab_size: int = 65) -> int:
+    """How many parameters a script's model has with the CPU defaults and Shakespeare."""
+    module = importlib.import_module(script)
+    cfg = data.read_flags(module.Config, "", ["--device", "cpu"])
+    with torch.device("meta"):
+        return sum(p.numel() for p in module.LanguageModel(cfg, vocab_size).parameters())
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_pages_count_the_parameters_of_each_script(script):
+    texts = [text for text in DOCS.values() if f"\n## {script}.py\n" in text]
+    assert len(texts) == 1, "each script has its section in one page"
+    section = texts[0].partition(f"\n## {script}.py\n")[2].partition("\n## ")[0]
+    counts = re.findall(r"([\d,]+) parameters;", section)
+    assert counts == [f"{parameters(script):,}"]
+
+
+def test_the_output_in_the_readme_is_that_of_v5():
+    assert f"\n{parameters('v5_gpt'):,} parameters, Config(batch_size=24, " in README
+
+
+def test_headings_are_found_as_github_makes_them():
+    assert anchors("# What v5's ideas are\n## A: b, c") == {"what-v5s-ideas-are", "a-b-c"}
