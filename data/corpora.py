@@ -1,0 +1,73 @@
+"""Where a text comes from: Tiny Shakespeare, Python's own library, or a file of the user's."""
+
+import socket
+import sys
+import sysconfig
+from pathlib import Path
+
+import torch
+
+from data.flags import InputError
+
+SHAKESPEARE = Path(__file__).parent / "tinyshakespeare.txt"
+URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TIMEOUT = 10  # seconds that the server may take to answer
+PYTHON_LENGTH = 1_100_000  # characters, about as many as Shakespeare has
+
+
+def load_text(name: str | Path, flag: str = "--data") -> str:
+    """Return the corpus "shakespeare" or "python", or the contents of a UTF-8 text file.
+
+    Line endings become "\\n". If Shakespeare can't be downloaded, a notice says so and Python's
+    library takes its place. Raises InputError, naming flag, for a file that isn't readable text.
+    """
+    if name == "shakespeare" and not SHAKESPEARE.exists():
+        try:
+            download_shakespeare()
+        except Exception as error:  # no network, no permission, a wrong checksum, ...
+            print(
+                f"notice: couldn't download Tiny Shakespeare ({error}); training on the source "
+                f"code of Python's library instead. To fix this, save {URL} as {SHAKESPEARE}.",
+                file=sys.stderr,
+            )
+            name = "python"
+    if name == "shakespeare":
+        return read_text_file(SHAKESPEARE, flag)
+    if name == "python":
+        return python_library()
+    return read_text_file(Path(name), flag)
+
+
+def download_shakespeare() -> None:
+    """Download Tiny Shakespeare with a progress bar; keep it only if its checksum is right."""
+    previous_timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        torch.hub.download_url_to_file(URL, SHAKESPEARE, SHA256)
+    finally:
+        socket.setdefaulttimeout(previous_timeout)
+
+
+def python_library() -> str:
+    """Return about 1.1 million characters of Python's standard library, always the same ones."""
+    folder = Path(sysconfig.get_path("stdlib"))
+    modules = []
+    for path in sorted(folder.glob("*.py"), key=lambda path: path.name):
+        text = path.read_text(encoding="latin-1")  # any bytes are valid Latin-1
+        if text.isascii():
+            modules.append(text)
+    return "".join(modules)[:PYTHON_LENGTH]
+
+
+def read_text_file(path: Path, flag: str) -> str:
+    """Return the contents of a UTF-8 text file; raises InputError, naming flag, if it isn't one."""
+    try:
+        # utf-8-sig skips the byte order mark that Windows programs may put at the start.
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, ValueError) as error:  # ValueError: the bytes, or the path itself, are invalid
+        why = f"can't be read as UTF-8 text ({error})"
+        raise InputError(f"{flag} {path}: {why}; give the path of a text file") from None
+    if not text or "\0" in text:
+        raise InputError(f"{flag} {path}: empty or binary; give the path of a text file")
+    return text

@@ -1,0 +1,140 @@
+"""Settings, command-line flags and error messages, the same in every script."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import Field, field, fields
+from typing import Any
+
+import torch
+
+
+class InputError(ValueError):
+    """Something the user typed can't work. The message names it and says what to do."""
+
+
+@contextmanager
+def command_line() -> Iterator[None]:
+    """Run the block inside; report a user's mistake in one line and exit with status 2."""
+    if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
+        # Show each line at once, and print "?" for a character that the terminal can't show.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    try:
+        yield
+    except KeyboardInterrupt:
+        sys.exit(130)  # the status that shells expect after Ctrl-C
+    except BrokenPipeError:
+        sys.exit(141)  # the status that shells expect when a reader such as head closes the pipe
+    except InputError as error:
+        exit_with_error(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch raises RuntimeError for many reasons. When memory runs out, the message says
+        # "allocate" on every device; anything else is a bug and keeps its traceback.
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        exit_with_error("out of memory; try a smaller --batch_size, --block_size or --n_embd")
+
+
+def exit_with_error(message: str) -> None:
+    """Print message on standard error, as a single line, and exit with status 2."""
+    one_line = " ".join(message.split())
+    print(f"error: {one_line}", file=sys.stderr)
+    sys.exit(2)
+
+
+def setting(
+    text: str, *, gpu: Any, cpu: Any, least: float = 0, below: float = 2**31,
+    choices: list[str] | None = None,
+) -> Any:
+    """Declare a field of Config, which is also a command-line flag.
+
+    text: what the setting means, for --help.
+    gpu, cpu: its default on a GPU (CUDA or MPS) and on the CPU.
+    least, below: the range of a number, least <= number < below.
+    choices: the only values that a string may have.
+    """
+    metadata = {"text": text, "cpu": cpu, "least": least, "below": below, "choices": choices}
+    return field(default=gpu, metadata=metadata)
+
+
+def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
+    """Turn command-line flags into a config_class; a flag not given gets its device's default.
+
+    lesson is what --help shows above the flags. argv is the list of flags, or None for those
+    that this program was started with. Raises InputError for a flag or value that can't be used.
+    """
+    flags = vars(make_parser(config_class, lesson).parse_args(argv))  # only the flags given
+    device = flags.setdefault("device", best_device())
+    check_device(device)
+    if device.startswith("cpu"):
+        for f in fields(config_class):
+            flags.setdefault(f.name, f.metadata["cpu"])
+    cfg = config_class(**flags)
+    check_ranges(cfg)
+    return cfg
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that reports a mistake as an InputError, without the usage message."""
+
+    def error(self, message: str) -> None:
+        raise InputError(f"{message}; see --help")
+
+
+def make_parser(config_class: type, lesson: str) -> Parser:
+    """A parser with one flag for each field of config_class."""
+    parser = Parser(
+        description=lesson,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=argparse.SUPPRESS,  # the lesson shows how to run the script
+        argument_default=argparse.SUPPRESS,  # flags not given stay out of the result
+    )
+    for f in fields(config_class):
+        choices = f.metadata["choices"]
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif choices:
+            options = {"type": f.type, "choices": choices}
+        else:
+            options = {"type": f.type, "metavar": f.type.__name__}
+        parser.add_argument(f"--{f.name}", help=help_text(f), **options)
+    return parser
+
+
+def help_text(f: Field) -> str:
+    """What a setting means, its default on this machine, and its default on the other kind."""
+    text, gpu, cpu = f.metadata["text"], f.default, f.metadata["cpu"]
+    if f.name == "device":
+        return f"{text} (default: {best_device()!r})"
+    if gpu == cpu:
+        return f"{text} (default: {cpu!r})"
+    if best_device() == "cpu":
+        return f"{text} (default: {cpu!r}; on a GPU: {gpu!r})"
+    return f"{text} (default: {gpu!r}; on the CPU: {cpu!r})"
+
+
+def best_device() -> str:
+    """The device used when --device isn't given: "cuda", "mps" or "cpu"."""
+    if torch.cuda.is_available():
+        return "cuda"
+    if torch.backends.mps.is_available():
+        return "mps"
+    return "cpu"
+
+
+def check_device(device: str) -> None:
+    """Raise InputError if PyTorch can't compute on device."""
+    try:
+        torch.ones(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError):  # which of them depends on the device
+        why = "PyTorch can't use it on this machine"
+        raise InputError(f"--device {device}: {why}; try --device cpu") from None
+
+
+def check_ranges(cfg: Any) -> None:
+    """Raise InputError if a number in cfg is outside the range its setting allows."""
+    for f in fields(cfg):
+        value, least, below = getattr(cfg, f.name), f.metadata["least"], f.metadata["below"]
+        if f.type in (int, float) and not least <= value < below:  # also refuses NaN
+            raise InputError(f"--{f.name} {value}: must be at least {least} and below {below}")
