@@ -144,11 +144,11 @@ def read_log(name: str) -> list[tuple[int, float, float]]:
 def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
     """Draw the loss curves: validation loss solid, training loss dashed."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
-    colors = plt.colormaps["viridis"](np.linspace(0, 0.9, len(histories)))
+    colors = plt.colormaps["turbo"](np.linspace(0.05, 0.95, len(histories)))
     for (label, history), color in zip(histories.items(), colors, strict=True):
         steps, train_losses, val_losses = zip(*history, strict=True)
         axes.plot(steps, val_losses, color=color, label=label)
-        axes.plot(steps, train_losses, color=color, linestyle="--", linewidth=0.8)
+        axes.plot(steps, train_losses, color=color, linestyle="--", linewidth=0.7, alpha=0.6)
     # All curves start near ln(V); to show where they differ, the axis starts after that.
     later = [loss for h in histories.values() for _, *losses in h[1:] for loss in losses]
     if later:
@@ -157,7 +157,7 @@ def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> No
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Validation loss (solid) and training loss (dashed)")
     axes.grid(alpha=0.3)
-    figure.legend(title="run, validation loss (whole split)", loc="outside right upper")
+    figure.legend(title="validation loss (whole split)", loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -197,7 +197,7 @@ def main(argv: list[str] | None = None) -> None:
             result = train_script(name, cfg, tokenizer, *splits)
             results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
-            histories[f"{name}  {result.val_loss:.3f}"] = result.history
+            histories[f"{name}  {result.val_loss:.2f}"] = result.history
             draw(histories, picture)
         if not names:
             draw(histories, picture)

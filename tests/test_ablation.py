@@ -69,7 +69,7 @@ def test_the_default_initialisation_is_that_of_pytorch():
     assert weight.std().item() == pytest.approx(bound / 3**0.5, rel=0.1)
 
 
-def test_a_small_text_is_the_start_of_the_training_split(monkeypatch, splits):
+def test_a_small_text_is_the_start_of_the_training_split_and_dropout_is_set(monkeypatch, splits):
     seen = []
 
     def train(model, train_data, val_data, cfg):
@@ -78,11 +78,11 @@ def test_a_small_text_is_the_start_of_the_training_split(monkeypatch, splits):
 
     monkeypatch.setattr(ablation, "SMALL_TEXT", 50)
     monkeypatch.setattr(v5_gpt, "train", train)
-    for name in ("v5", "small text without dropout", "small text with dropout 0.2"):
+    for name in ("v5", "dropout 0.2", "small text", "small text with dropout 0.2"):
         first_loss, train_loss, _ = ablation.run(name, config(dropout=0.1), VOCAB_SIZE, *splits)
         assert (first_loss, train_loss) == (3.0, 1.0)
     whole, part = splits[0].tolist(), splits[0][:50].tolist()
-    assert seen == [(whole, 0.1), (part, 0.0), (part, 0.2)]
+    assert seen == [(whole, 0.1), (whole, 0.2), (part, 0.1), (part, 0.2)]
 
 
 def test_the_table_has_means_and_ranges():

@@ -88,11 +88,11 @@ def test_the_losses_of_part_1_fall():
 def test_lessons_expect_the_losses_of_the_table(script):
     lesson = " ".join(LESSONS[script].split())
     expected = float(re.search(r"Expect: a validation loss of about (\d\.\d+)", lesson)[1])
-    assert expected == pytest.approx(COURSE[script][2], abs=0.015)
+    assert expected == COURSE[script][2]
     parent = PARENTS[script]
     if parent:
         reached = float(re.search(rf"; {parent}\.py reaches (\d\.\d+)\.", lesson)[1])
-        assert reached == pytest.approx(COURSE[parent][2], abs=0.015)
+        assert reached == COURSE[parent][2]
 
 
 def parameters(script: str, vocab_size: int = 65) -> int:
