@@ -1,12 +1,24 @@
 """v5_gpt.py: the GPT: blocks of attention and feed-forward network, stacked.
 
-    PLACEHOLDER
-    PLACEHOLDER
-    PLACEHOLDER
-    PLACEHOLDER
-    PLACEHOLDER
+Each block builds on what the blocks below it found:
 
-New here: Block and its residual connections, LayerNorm, n_layer, dropout, the initialisation.
+    x = x + attention(LayerNorm(x))
+    x = x + feed_forward(LayerNorm(x))
+
+Four ideas make a stack of blocks work. What happens without each one was measured with
+lab/ablation.py, on the CPU; v5 itself ends at 1.68.
+
+- Residual connections: each part adds to x, which gives the gradient a direct path to every layer.
+  Without them the model only learns how frequent each character is, a loss of 3.35.
+- LayerNorm scales the vector of each position to mean 0 and variance 1 before a part reads it,
+  however large the sum in x has grown. Without it: 1.77.
+- Small initial weights (standard deviation 0.02) keep the first logits near 0 and the first loss
+  near ln(V), 4.17. PyTorch's own start at 4.37, but with three blocks they end as low: 1.68.
+- Dropout zeroes random activations in training, which keeps a large model from memorising its
+  text. On a text of 100,000 characters: 2.32 with dropout 0.2, 2.68 without. On all of
+  Shakespeare, this small model doesn't need it: 1.78 with dropout 0.2.
+
+New here: Block, n_layer, ln_f, dropout, the initialisation.
 Run it:   python v5_gpt.py
 Expect:   a validation loss of about 1.68 with the CPU defaults; v4_feedforward.py reaches 1.83.
 Diff:     git diff --no-index v4_feedforward.py v5_gpt.py
@@ -154,8 +166,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Initialisation as in GPT (Radford et al. 2018, section 4.1). LayerNorm's weights, which
-        # have one dimension, stay at 1.
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
+        # one dimension and stay at 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)

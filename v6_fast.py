@@ -159,8 +159,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Initialisation as in GPT (Radford et al. 2018, section 4.1). LayerNorm's weights, which
-        # have one dimension, stay at 1.
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
+        # one dimension and stay at 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)

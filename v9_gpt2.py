@@ -223,8 +223,8 @@ class LanguageModel(nn.Module):
         self.ln_f = ln_f if cfg.norm == "pre" else nn.Identity()
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
-        # Initialisation as in GPT (Radford et al. 2018, section 4.1). LayerNorm's weights, which
-        # have one dimension, stay at 1.
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
+        # one dimension and stay at 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 added = 2 * cfg.n_layer if name.endswith("projection.weight") else 1
