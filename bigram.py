@@ -88,7 +88,7 @@ class LanguageModel(nn.Module):
         """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
         for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
             logits, _ = self(idx)  # (B, T, V)
-            # Only the prediction at the last position is about a token that isn't there yet.
+            # Only the last position predicts a token that isn't there yet.
             probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
             next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)

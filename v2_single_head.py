@@ -125,7 +125,7 @@ class LanguageModel(nn.Module):
             # There are embeddings for block_size positions only, so older tokens drop out of view.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
             logits, _ = self(context)  # (B, min(T, block_size), V)
-            # Only the prediction at the last position is about a token that isn't there yet.
+            # Only the last position predicts a token that isn't there yet.
             probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
             next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
