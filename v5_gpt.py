@@ -188,8 +188,8 @@ class LanguageModel(nn.Module):
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
-        # cross_entropy wants one row of logits for each prediction, and there is a prediction at
-        # every position of every window: B * T of them.
+        # cross_entropy expects the V logits of a prediction in dimension 1; here they are in
+        # dimension 2. Each position of each window is a prediction, so make them B * T rows.
         rows = logits.flatten(0, 1)  # (B * T, V)
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
@@ -211,7 +211,7 @@ class LanguageModel(nn.Module):
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # no dropout, from v5 on
+    model.eval()  # switches off dropout, which v5 introduces
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
@@ -237,15 +237,16 @@ def train(
                 val_loss = estimate_loss(model, val_data, cfg)
                 history.append((step, train_loss, val_loss))
                 tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
-                if not math.isfinite(train_loss + val_loss):
+                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
+
             x, y = data.get_batch(  # (B, T) each
                 train_data, cfg.batch_size, cfg.block_size, cfg.device
             )
             _, loss = model(x, y)  # ()
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
             loss.backward()
             optimizer.step()
             bar.update()
@@ -257,15 +258,20 @@ def main(argv: list[str] | None = None) -> None:
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
+
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        print(f"{n_parameters:,} parameters, {cfg}", file=sys.stderr)
+        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
+        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+        print(f"tokens: {sizes}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
+
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
         print(tokenizer.decode(sample[0].tolist()))

@@ -217,8 +217,8 @@ class LanguageModel(nn.Module):
             logits = self.lm_head(x).float()  # (B, T, V)
         if targets is None:
             return logits, None
-        # cross_entropy wants one row of logits for each prediction, and there is a prediction at
-        # every position of every window: B * T of them.
+        # cross_entropy expects the V logits of a prediction in dimension 1; here they are in
+        # dimension 2. Each position of each window is a prediction, so make them B * T rows.
         rows = logits.flatten(0, 1)  # (B * T, V)
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
@@ -318,7 +318,7 @@ def utilisation(model: LanguageModel, tokens_per_second: float, cfg: Config) -> 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray | torch.Tensor, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # no dropout, from v5 on
+    model.eval()  # switches off dropout, which v5 introduces
     losses = torch.zeros(cfg.eval_iters, device=cfg.device)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = get_batch(tokens, cfg)  # (B, T) each
@@ -472,7 +472,7 @@ def train(
                 val_loss = estimate_loss(run, val_data, cfg)
                 losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
                 tqdm.write(f"step {step}: {losses}, {speed:,.0f} tokens/s")
-                if not math.isfinite(train_loss + val_loss):
+                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 entry = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
                 entry |= {"learning_rate": learning_rate_at(step, cfg), "tokens_per_second": speed}
@@ -487,7 +487,7 @@ def train(
                 break
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, cfg)
-            optimizer.zero_grad()
+            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
             for i in range(cfg.grad_accum_steps):
                 # A seed for each batch: it is the same whichever process draws it, and when.
                 index = (step * cfg.grad_accum_steps + i) * world_size + rank
@@ -553,7 +553,7 @@ def main(argv: list[str] | None = None) -> None:
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
         if rank == 0:
-            print(f"{n_parameters:,} parameters, {cfg}", file=sys.stderr)
+            print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state:
             model.load_state_dict(state["model"])
         if splits:
