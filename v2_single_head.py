@@ -1,10 +1,10 @@
 """v2_single_head.py: self-attention with a single head.
 
-The bigram model predicts the next character from just one. Here, every position can look back at
-all the characters before it. Each position computes three vectors: a query (what it is looking
-for), a key (what it offers to be matched on) and a value (what it passes on). The dot product of
-its query with every earlier key gives a score, a softmax turns the scores into weights, and the
-output is the weighted average of the values:
+The bigram model predicts the next character from just one. Here, every position can look at its
+own character and at all those before it. Each position computes three vectors: a query (what it is
+looking for), a key (what it offers to be matched on) and a value (what it passes on). The dot
+products of its query with its own key and every earlier one are the scores, a softmax turns them
+into weights, and the output is the weighted average of the values:
 
     attention = softmax(mask(query @ key^T / sqrt(head_size))) @ value
 
@@ -63,26 +63,30 @@ class Head(nn.Module):
 
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
+        self.head_size = head_size
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
         # mask[i, j] is True if j > i: position i must not look at position j, which comes later.
-        # A buffer moves to the GPU with the weights, but the optimizer leaves it alone.
+        # A buffer moves to the GPU with the model, but it isn't trained. persistent=False keeps it
+        # out of the saved weights.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
-        head_size = self.key.out_features
         query = self.query(x)  # (B, T, head_size)
         key = self.key(x)  # (B, T, head_size)
         value = self.value(x)  # (B, T, head_size)
-        # If the numbers in query and key have variance 1, a sum of head_size products has variance
-        # head_size. Scores that large make the softmax pick a single position, where its gradient
-        # is almost zero. Dividing by the square root brings their variance back to 1.
-        scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
+        # If the numbers in query and key are independent, with mean 0 and variance 1, a sum of
+        # head_size products has variance head_size. With scores that large, the softmax would put
+        # nearly all the weight on one position, and its gradient would almost vanish. Dividing by
+        # the square root brings the variance back to 1.
+        scores = query @ key.transpose(1, 2) / self.head_size**0.5  # (B, T, T)
         # All positions of a window are trained at once, and the target at each is the input at
         # the next. A model that could look ahead would copy it instead of learning to predict.
+        # exp(-inf) is 0, so hidden positions get no weight. While generating, T can be smaller than
+        # block_size.
         scores = scores.masked_fill(self.mask[:T, :T], -math.inf)  # (B, T, T)
         weights = F.softmax(scores, dim=-1)  # (B, T, T)
         return weights @ value  # (B, T, head_size)

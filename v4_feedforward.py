@@ -58,26 +58,30 @@ class Head(nn.Module):
 
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
+        self.head_size = head_size
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
         # mask[i, j] is True if j > i: position i must not look at position j, which comes later.
-        # A buffer moves to the GPU with the weights, but the optimizer leaves it alone.
+        # A buffer moves to the GPU with the model, but it isn't trained. persistent=False keeps it
+        # out of the saved weights.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
-        head_size = self.key.out_features
         query = self.query(x)  # (B, T, head_size)
         key = self.key(x)  # (B, T, head_size)
         value = self.value(x)  # (B, T, head_size)
-        # If the numbers in query and key have variance 1, a sum of head_size products has variance
-        # head_size. Scores that large make the softmax pick a single position, where its gradient
-        # is almost zero. Dividing by the square root brings their variance back to 1.
-        scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
+        # If the numbers in query and key are independent, with mean 0 and variance 1, a sum of
+        # head_size products has variance head_size. With scores that large, the softmax would put
+        # nearly all the weight on one position, and its gradient would almost vanish. Dividing by
+        # the square root brings the variance back to 1.
+        scores = query @ key.transpose(1, 2) / self.head_size**0.5  # (B, T, T)
         # All positions of a window are trained at once, and the target at each is the input at
         # the next. A model that could look ahead would copy it instead of learning to predict.
+        # exp(-inf) is 0, so hidden positions get no weight. While generating, T can be smaller than
+        # block_size.
         scores = scores.masked_fill(self.mask[:T, :T], -math.inf)  # (B, T, T)
         weights = F.softmax(scores, dim=-1)  # (B, T, T)
         return weights @ value  # (B, T, head_size)
@@ -95,6 +99,7 @@ class MultiHeadAttention(nn.Module):
         if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
+        # ModuleList registers the heads, so that the optimizer finds their weights.
         self.heads = nn.ModuleList([Head(cfg, head_size) for _ in range(cfg.n_head)])
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
 

@@ -1,22 +1,22 @@
-"""v5_gpt.py: the GPT: blocks of attention and feed-forward network, stacked.
+"""v5_gpt.py: the GPT: a stack of blocks of attention and feed-forward network.
 
 Each block builds on what the blocks below it found:
 
     x = x + attention(LayerNorm(x))
     x = x + feed_forward(LayerNorm(x))
 
-Four ideas make a stack of blocks work. What happens without each one was measured with
-lab/ablation.py, on the CPU; v5 itself ends at 1.68.
+Four ideas make such a stack work. The losses below are those of training without one of them, with
+the CPU defaults (lab/ablation.py); v5 itself ends at 1.68.
 
 - Residual connections: each part adds to x, which gives the gradient a direct path to every layer.
-  Without them the model only learns how frequent each character is, a loss of 3.35.
-- LayerNorm scales the vector of each position to mean 0 and variance 1 before a part reads it,
-  however large the sum in x has grown. Without it: 1.77.
+  Without them: 3.35. The model only learns how frequent each character is.
+- LayerNorm brings the vector of each position to mean 0 and variance 1 (and then applies a learned
+  scale and shift) before a part reads it, however large the sum in x has grown. Without it: 1.77.
 - Small initial weights (standard deviation 0.02) keep the first logits near 0 and the first loss
-  near ln(V), 4.17. PyTorch's own start at 4.37, but with three blocks they end as low: 1.68.
-- Dropout zeroes random activations in training, which keeps a large model from memorising its
-  text. On a text of 100,000 characters: 2.32 with dropout 0.2, 2.68 without. On all of
-  Shakespeare, this small model doesn't need it: 1.78 with dropout 0.2.
+  near ln(V), 4.17. With PyTorch's own it is 4.37, but with three blocks it ends as low: 1.68.
+- Dropout zeroes random activations in training and scales up the others, which keeps a large model
+  from memorising its text. On 100,000 characters: 2.68 without, 2.32 with dropout 0.2. On all
+  of Shakespeare, the loss of this small model is higher with it: 1.78.
 
 New here: Block, n_layer, ln_f, dropout, the initialisation.
 Run it:   python v5_gpt.py
@@ -71,27 +71,31 @@ class Head(nn.Module):
 
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
+        self.head_size = head_size
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         ones = torch.ones(cfg.block_size, cfg.block_size)  # (block_size, block_size)
         # mask[i, j] is True if j > i: position i must not look at position j, which comes later.
-        # A buffer moves to the GPU with the weights, but the optimizer leaves it alone.
+        # A buffer moves to the GPU with the model, but it isn't trained. persistent=False keeps it
+        # out of the saved weights.
         self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
-        head_size = self.key.out_features
         query = self.query(x)  # (B, T, head_size)
         key = self.key(x)  # (B, T, head_size)
         value = self.value(x)  # (B, T, head_size)
-        # If the numbers in query and key have variance 1, a sum of head_size products has variance
-        # head_size. Scores that large make the softmax pick a single position, where its gradient
-        # is almost zero. Dividing by the square root brings their variance back to 1.
-        scores = query @ key.transpose(1, 2) / head_size**0.5  # (B, T, T)
+        # If the numbers in query and key are independent, with mean 0 and variance 1, a sum of
+        # head_size products has variance head_size. With scores that large, the softmax would put
+        # nearly all the weight on one position, and its gradient would almost vanish. Dividing by
+        # the square root brings the variance back to 1.
+        scores = query @ key.transpose(1, 2) / self.head_size**0.5  # (B, T, T)
         # All positions of a window are trained at once, and the target at each is the input at
         # the next. A model that could look ahead would copy it instead of learning to predict.
+        # exp(-inf) is 0, so hidden positions get no weight. While generating, T can be smaller than
+        # block_size.
         scores = scores.masked_fill(self.mask[:T, :T], -math.inf)  # (B, T, T)
         weights = F.softmax(scores, dim=-1)  # (B, T, T)
         weights = self.dropout(weights)  # (B, T, T)
@@ -110,6 +114,7 @@ class MultiHeadAttention(nn.Module):
         if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
+        # ModuleList registers the heads, so that the optimizer finds their weights.
         self.heads = nn.ModuleList([Head(cfg, head_size) for _ in range(cfg.n_head)])
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
@@ -137,9 +142,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network (Radford et al. 2019, section 2.3).
+    """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    Maps float (B, T, n_embd) to the same shape.
+    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -152,7 +158,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
-        return x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        return x
 
 
 class LanguageModel(nn.Module):
@@ -166,8 +173,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
-        # one dimension and stay at 1.
+        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -184,6 +191,7 @@ class LanguageModel(nn.Module):
         positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         x = self.blocks(x)  # (B, T, n_embd)
+        # Each block has added to x, so normalise the sum before the last layer reads it.
         x = self.ln_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:

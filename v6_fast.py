@@ -129,9 +129,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network (Radford et al. 2019, section 2.3).
+    """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    Maps float (B, T, n_embd) to the same shape.
+    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -144,7 +145,8 @@ class Block(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
-        return x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        return x
 
 
 class LanguageModel(nn.Module):
@@ -159,8 +161,8 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
-        # one dimension and stay at 1.
+        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)

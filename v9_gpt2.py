@@ -187,9 +187,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a feed-forward network (Radford et al. 2019, section 2.3).
+    """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    Maps float (B, T, n_embd) to the same shape.
+    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -206,7 +207,8 @@ class Block(nn.Module):
             return self.ln_2(x + self.feed_forward(x))  # (B, T, n_embd)
         # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.ln_1(x), cache)  # (B, T, n_embd)
-        return x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        return x
 
 
 class LanguageModel(nn.Module):
@@ -223,8 +225,8 @@ class LanguageModel(nn.Module):
         self.ln_f = ln_f if cfg.norm == "pre" else nn.Identity()
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight
-        # Small weights, as in GPT (Radford et al. 2018, section 4.1). The weights of LayerNorm have
-        # one dimension and stay at 1.
+        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 added = 2 * cfg.n_layer if name.endswith("projection.weight") else 1

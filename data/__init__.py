@@ -1,4 +1,4 @@
-"""From text to batches: characters become token ids, the ids are split, windows are drawn.
+"""From text to batches: turn characters into token ids, split them, and draw random windows.
 
 The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line.
 """
@@ -9,12 +9,14 @@ import torch
 from data.corpora import load_text
 from data.flags import InputError, command_line, read_flags, setting
 
-__all__ = ["CharTokenizer", "split", "get_batch", "load_text"]
-__all__ += ["InputError", "command_line", "read_flags", "setting"]
+__all__ = [
+    "CharTokenizer", "InputError", "command_line", "get_batch", "load_text", "read_flags",
+    "setting", "split",
+]
 
 
 class CharTokenizer:
-    """One token for each distinct character of a text, with the interface of tiktoken."""
+    """One token for each distinct character of a text, with the methods of tiktoken's encodings."""
 
     def __init__(self, text: str) -> None:
         # A sample starts with a newline by default, so "\n" gets an id even if the text has none.
@@ -29,7 +31,7 @@ class CharTokenizer:
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
             listed = ", ".join(repr(character) for character in unknown)
-            raise InputError(f"{flag}: {listed} not in the corpus; use only its characters")
+            raise InputError(f"{flag}: the corpus has no {listed}; use only characters it contains")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens: list[int]) -> str:
@@ -38,12 +40,12 @@ class CharTokenizer:
 
 
 def split(tokens: list[int], block_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The first 90 % of the tokens for training and the last 10 % for validation, as uint16.
+    """The first 90% of the tokens for training and the last 10% for validation, as uint16.
 
-    Raises InputError if the 10 % are fewer than block_size + 1 tokens: a window and its targets.
+    Raises InputError if the last 10% are too short for a window and its targets.
     """
     n = len(tokens)
-    needed = 10 * block_size + 1
+    needed = 10 * block_size + 1  # then the last 10% are block_size + 1 tokens
     if n < needed:
         why = f"{n:,} tokens are too few for --block_size {block_size}, which needs {needed:,}"
         raise InputError(f"--data: {why}; use a longer text or a smaller --block_size")
@@ -62,5 +64,6 @@ def get_batch(
     """
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1)).numpy()  # (B, 1)
     positions = starts + np.arange(block_size + 1)  # (B, T + 1)
-    windows = torch.from_numpy(tokens[positions].astype(np.int64)).to(device)  # (B, T + 1)
+    windows = tokens[positions].astype(np.int64)  # (B, T + 1)
+    windows = torch.from_numpy(windows).to(device)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]  # (B, T) and (B, T)

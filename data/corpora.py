@@ -1,4 +1,4 @@
-"""Where a text comes from: Tiny Shakespeare, Python's own library, or a file of the user's."""
+"""Where a text comes from: Tiny Shakespeare, Python's own library, or a file of your own."""
 
 import socket
 import sys
@@ -50,11 +50,15 @@ def download_shakespeare() -> None:
 
 
 def python_library() -> str:
-    """Return about 1.1 million characters of Python's standard library, always the same ones."""
+    """Return about 1.1 million characters of the source code of Python's standard library.
+
+    They are the same each time with the same version of Python.
+    """
     folder = Path(sysconfig.get_path("stdlib"))
+    names = sorted(path.name for path in folder.glob("*.py"))
     modules = []
-    for path in sorted(folder.glob("*.py"), key=lambda path: path.name):
-        text = path.read_text(encoding="latin-1")  # any bytes are valid Latin-1
+    for name in names:
+        text = (folder / name).read_text(encoding="latin-1")  # any bytes are valid Latin-1
         if text.isascii():
             modules.append(text)
     return "".join(modules)[:PYTHON_LENGTH]
@@ -65,9 +69,15 @@ def read_text_file(path: Path, flag: str) -> str:
     try:
         # utf-8-sig skips the byte order mark that Windows programs may put at the start.
         text = path.read_text(encoding="utf-8-sig")
-    except (OSError, ValueError) as error:  # ValueError: the bytes, or the path itself, are invalid
-        why = f"can't be read as UTF-8 text ({error})"
+    except UnicodeDecodeError:
+        raise InputError(f"{flag} {path}: not UTF-8 text; save it as UTF-8") from None
+    except OSError as error:  # not there, a folder, no permission, ...
+        why = error.strerror.lower()
         raise InputError(f"{flag} {path}: {why}; give the path of a text file") from None
-    if not text or "\0" in text:
-        raise InputError(f"{flag} {path}: empty or binary; give the path of a text file")
+    except ValueError as error:  # a path that no system allows
+        raise InputError(f"{flag} {path}: {error}; give the path of a text file") from None
+    if not text:
+        raise InputError(f"{flag} {path}: the file is empty; use a text with characters in it")
+    if "\0" in text:
+        raise InputError(f"{flag} {path}: a binary file; give the path of a text file")
     return text

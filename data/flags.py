@@ -43,8 +43,11 @@ def exit_with_error(message: str) -> None:
     sys.exit(2)
 
 
+NO_LIMIT = 2**31  # larger sizes and counts would only overflow later
+
+
 def setting(
-    text: str, *, gpu: Any, cpu: Any, least: float = 0, below: float = 2**31,
+    text: str, *, gpu: Any, cpu: Any, least: float = 0, below: float = NO_LIMIT,
     choices: list[str] | None = None,
 ) -> Any:
     """Declare a field of Config, which is also a command-line flag.

@@ -3,7 +3,8 @@
 Three of them are left out in turn: the residual connections, LayerNorm, and the initialisation
 (PyTorch's own takes its place). The fourth, dropout, is off by default on the CPU. It matters to a
 model that is large for its text, so it is switched on twice: for the whole text and for a small
-part of it. With the same seed, all runs start from the same weights (but for the initialisation).
+part of it. With the same seed, all runs start from the same weights, except with the default
+initialisation.
 
 Run it:   python lab/ablation.py
           python lab/ablation.py --seeds 1 --n_layer 8 --variants "v5, no LayerNorm"
@@ -55,7 +56,7 @@ class BlockWithoutResiduals(v5_gpt.Block):
 def make_model(variant: str, cfg: Config, vocab_size: int) -> v5_gpt.LanguageModel:
     """v5's model, changed as the variant says."""
     model = v5_gpt.LanguageModel(cfg, vocab_size)
-    with torch.random.fork_rng():  # so that all variants draw the same batches afterwards
+    with torch.random.fork_rng():  # changing the model doesn't change the batches drawn later
         if variant == "no residual connections":
             remove_residuals(model, cfg)
         if variant == "no LayerNorm":
@@ -91,7 +92,7 @@ def initialise_by_default(model: v5_gpt.LanguageModel) -> None:
 def run(
     variant: str, cfg: Config, vocab_size: int, train_data: np.ndarray, val_data: np.ndarray
 ) -> tuple[float, float, float]:
-    """Train a variant: (first loss, last training loss, loss of all of val_data), in nats."""
+    """Train a variant; return its first loss, last training loss, and loss on all of val_data."""
     if "dropout 0.2" in variant:
         cfg = replace(cfg, dropout=0.2)
     if "small text" in variant:
@@ -111,7 +112,7 @@ def table(results: dict[str, list[tuple[float, float, float]]], cfg: Config) -> 
         f"{cfg.n_embd}, n_head {cfg.n_head}, n_layer {cfg.n_layer}, learning_rate "
         f"{cfg.learning_rate:g}, {cfg.max_iters} steps, on {cfg.device} ({platform.machine()}), "
         f"PyTorch {torch.__version__}. Losses in nats, the mean of {cfg.seeds} seeds from "
-        f"{cfg.seed} on; the validation loss is that of the whole split. A small text is "
+        f"{cfg.seed} on; the validation loss is that of the whole split. The small text is "
         f"{SMALL_TEXT:,} characters.",
         "",
         "| variant | first loss | training loss | validation loss | lowest to highest |",
@@ -144,15 +145,16 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = data.CharTokenizer(text)
         train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
 
-        results = {variant: [] for variant in variants}
-        runs = [(variant, cfg.seed + i) for i in range(cfg.seeds) for variant in variants]
-        for variant, seed in tqdm(runs, desc="runs"):
-            tqdm.write(f"{variant}, seed {seed}")
-            seeded = replace(cfg, seed=seed)
-            result = run(variant, seeded, tokenizer.n_vocab, train_data, val_data)
-            results[variant].append(result)
-            done = {variant: results[variant] for variant in variants if results[variant]}
-            path.write_text(table(done, cfg), encoding="utf-8")
+        results = {}
+        with tqdm(total=cfg.seeds * len(variants), desc="runs") as bar:
+            for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+                seeded = replace(cfg, seed=seed)
+                for variant in variants:
+                    tqdm.write(f"{variant}, seed {seed}")
+                    losses = run(variant, seeded, tokenizer.n_vocab, train_data, val_data)
+                    results.setdefault(variant, []).append(losses)
+                    path.write_text(table(results, cfg), encoding="utf-8")
+                    bar.update()
         print(table(results, cfg))
 
 

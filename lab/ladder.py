@@ -1,4 +1,4 @@
-"""ladder.py: the course as a tree: each script's parent, and how many lines the diff to it has.
+"""ladder.py: the course as a tree, with each script's parent and the size of the diff to it.
 
 Run it:   python lab/ladder.py            prints the tree
           python lab/ladder.py --update   also brings the counts in README.md up to date
@@ -50,7 +50,7 @@ def changed_lines(parent: str, child: str) -> int:
 
 
 def tree() -> str:
-    """The tree in words: a line for each script, indented below its parent."""
+    """The tree as text: a line for each script, indented below its parent."""
     lines = []
     depth = {None: -1}
     for script, parent in PARENTS.items():

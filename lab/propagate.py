@@ -3,8 +3,8 @@
 Whatever a lesson doesn't touch is the same in parent and child, so an edit to a script belongs in
 every script below it in the tree of lab/ladder.py. This program takes the difference between the
 last commit and the working tree in one script and merges it into each of its children
-(git merge-file), then what changed in each child into that child's children, and so on. Module
-docstrings are left out: each script has its own.
+(git merge-file), then does the same from each child to its own children. Module docstrings are
+left out: each script has its own.
 
 Nothing is written unless every merge succeeds. On a conflict, the program names the file and the
 lines. Leave that script out with --skip, edit it by hand, and run this program on it in turn.
@@ -68,8 +68,8 @@ def merge(current: str, before: str, after: str) -> tuple[str, list[tuple[int, i
 
 def conflicting_lines(current: str, merged: str) -> list[tuple[int, int]]:
     """The first and last line in current of each conflict that git marked in merged."""
-    ours = []  # the merged text with current's side of each conflict
-    conflicts = []  # positions in ours: (first, one past the last)
+    ours = []  # the lines of merged, with current's side of each conflict
+    conflicts = []  # where in ours: (first, one past the last)
     side = "both"
     for line in merged.splitlines():
         if line.startswith("<<<<<<< "):
@@ -82,17 +82,22 @@ def conflicting_lines(current: str, merged: str) -> list[tuple[int, int]]:
         elif side != "theirs":
             ours.append(line)
 
-    blocks = difflib.SequenceMatcher(
-        None, ours, current.splitlines(), autojunk=False
-    ).get_matching_blocks()
+    lines = current.splitlines()
+    numbers = line_numbers(ours, lines)
+    numbers.append(len(lines))  # for a conflict at the very end
+    return [(numbers[first], numbers[max(first, last - 1)]) for first, last in conflicts]
 
-    def line_number(position: int) -> int:
-        for block in blocks:
-            if position < block.a + block.size:
-                return block.b + max(0, position - block.a) + 1
-        return len(current.splitlines())
 
-    return [(line_number(first), line_number(max(first, last - 1))) for first, last in conflicts]
+def line_numbers(ours: list[str], lines: list[str]) -> list[int]:
+    """For each line of ours, the number of the line it came from, or of the last one before it."""
+    numbers = [1] * len(ours)
+    matcher = difflib.SequenceMatcher(None, ours, lines, autojunk=False)
+    for block in matcher.get_matching_blocks():
+        for i in range(block.size):
+            numbers[block.a + i] = block.b + i + 1
+        for i in range(block.a + block.size, len(ours)):
+            numbers[i] = block.b + block.size
+    return numbers
 
 
 def propagate(

@@ -185,7 +185,11 @@ def test_a_run_prints_losses_and_a_sample(corpus):
     assert len(sample) == len("The ") + TINY["max_new_tokens"] + len("\n")
     assert set(sample) <= set(TEXT)
     parameters = VOCAB_SIZE**2
-    assert err.startswith(f"{parameters:,} parameters, Config(batch_size=4, block_size=5, ")
+    n_train, n_val = len(TEXT) * 9 // 10, len(TEXT) - len(TEXT) * 9 // 10
+    assert err.splitlines()[:2] == [
+        f"model: {parameters:,} parameters, on cpu",
+        f"tokens: {n_train:,} for training, {n_val:,} for validation",
+    ]
     assert "training: 100%" in err
 
 

@@ -113,7 +113,7 @@ def test_the_pages_count_the_parameters_of_each_script(script):
 
 
 def test_the_output_in_the_readme_is_that_of_v5():
-    assert f"\n{parameters('v5_gpt'):,} parameters, Config(batch_size=24, " in README
+    assert f"\nmodel: {parameters('v5_gpt'):,} parameters, on cpu\n" in README
 
 
 def test_headings_are_found_as_github_makes_them():

@@ -73,6 +73,8 @@ class ShapeTracer:
             if isinstance(names.get(name), torch.Tensor):
                 known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
                 break
+        attributes = vars(names["self"]) if "self" in names else {}
+        known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
