@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import Field, field, fields
@@ -27,6 +28,8 @@ def command_line() -> Iterator[None]:
     except BrokenPipeError:
         sys.exit(141)  # the status that shells expect when a reader such as head closes the pipe
     except InputError as error:
+        exit_with_error(str(error))
+    except OSError as error:  # a full disk, a missing permission, ...
         exit_with_error(str(error))
     except (MemoryError, RuntimeError) as error:
         # PyTorch raises RuntimeError for many reasons. When memory runs out, the message says
@@ -129,7 +132,9 @@ def best_device() -> str:
 def check_device(device: str) -> None:
     """Raise InputError if PyTorch can't compute on device."""
     try:
-        torch.ones(1, device=device).item()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the error below says enough
+            torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):  # which of them depends on the device
         why = "PyTorch can't use it on this machine"
         raise InputError(f"--device {device}: {why}; try --device cpu") from None

@@ -131,19 +131,22 @@ def main(argv: list[str] | None = None) -> None:
     """Train the variants named in argv's flags; print the table and write it to a file."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
-        variants = [name.strip() for name in cfg.variants.split(",")]
+        variants = [name.strip() for name in cfg.variants.split(",") if name.strip()]
+        if not variants:
+            raise data.InputError("--variants: empty; say what to train")
         for name in variants:
             if name not in VARIANTS:
                 raise data.InputError(f"--variants {name!r}: choose from {', '.join(VARIANTS)}")
-        path = Path(cfg.out) / "ablation.md"
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text("", encoding="utf-8")
-        except OSError as error:
-            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
         train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+        make_model("v5", cfg, tokenizer.n_vocab)  # finds sizes that don't fit
+        path = Path(cfg.out) / "ablation.md"
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.open("ab").close()  # finds out now whether the table can be written later
+        except OSError as error:
+            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
 
         results = {}
         with tqdm(total=cfg.seeds * len(variants), desc="runs") as bar:

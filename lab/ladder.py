@@ -8,7 +8,13 @@ import argparse
 import ast
 import difflib
 import re
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
+
+import data
+from data.flags import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,20 +36,57 @@ PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not N
 
 def source(script: str) -> str:
     """The text of a script's file."""
-    return (ROOT / f"{script}.py").read_text(encoding="utf-8")
+    return read(ROOT / f"{script}.py")
 
 
-def split_docstring(text: str) -> tuple[str, str]:
-    """Cut the text of a script below its module docstring: (docstring, code)."""
+def read(path: Path) -> str:
+    """The text of a file, whatever its line endings; raises data.InputError if it isn't UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise data.InputError(f"{path.name}: not UTF-8 text; save it as UTF-8") from None
+
+
+def write(texts: dict[Path, str]) -> None:
+    """Replace the texts of several files, which keep their line endings.
+
+    No file is replaced before all the new ones are complete, so a full disk harms none of them.
+    """
+    unfinished = {path: path.with_name(f"{path.name}.unfinished") for path in texts}
+    try:
+        for path, text in texts.items():
+            content = path.read_bytes()
+            only_crlf = b"\n" in content and content.count(b"\r\n") == content.count(b"\n")
+            newline = "\r\n" if only_crlf else "\n"
+            unfinished[path].write_text(text, encoding="utf-8", newline=newline)
+            unfinished[path].chmod(path.stat().st_mode)
+        for path in texts:
+            unfinished[path].replace(path)
+    finally:
+        for path in unfinished.values():
+            path.unlink(missing_ok=True)
+
+
+def split_docstring(script: str, text: str) -> tuple[str, str]:
+    """Cut the text of a script below its module docstring: (docstring, code).
+
+    Raises data.InputError, naming the script, if the text isn't Python or has no docstring.
+    """
+    try:
+        module = ast.parse(text)
+    except (SyntaxError, ValueError) as error:
+        raise data.InputError(f"{script}.py: not valid Python ({error})") from None
+    if ast.get_docstring(module) is None:
+        raise data.InputError(f"{script}.py: has no docstring; every script begins with its lesson")
+    end = module.body[0].end_lineno
     lines = text.splitlines(keepends=True)
-    docstring = ast.parse(text).body[0]
-    return "".join(lines[: docstring.end_lineno]), "".join(lines[docstring.end_lineno :])
+    return "".join(lines[:end]), "".join(lines[end:])
 
 
 def changed_lines(parent: str, child: str) -> int:
     """How many lines the diff from parent to child removes and adds, module docstrings left out."""
-    _, before = split_docstring(source(parent))
-    _, after = split_docstring(source(child))
+    _, before = split_docstring(parent, source(parent))
+    _, after = split_docstring(child, source(child))
     diff = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
     body = list(diff)[2:]  # below the two lines that name the files
     return sum(line.startswith(("+", "-")) for line in body)
@@ -61,24 +104,28 @@ def tree() -> str:
 
 
 def update_counts(readme: str) -> str:
-    """The text of README.md with the changed lines in its table of the course up to date."""
+    """The text of README.md with the changed lines in its table of the course up to date.
+
+    Raises data.InputError if a script has no row in the table.
+    """
     for parent, child in PAIRS:
         row = re.compile(rf"^(\| \[{child}\.py\]\({child}\.py\) \| [^|]+ \| )\d+ \|", re.MULTILINE)
-        readme = row.sub(rf"\g<1>{changed_lines(parent, child)} |", readme)
+        readme, count = row.subn(rf"\g<1>{changed_lines(parent, child)} |", readme)
+        if count != 1:
+            raise data.InputError(f"README.md: {child}.py needs one row in the table of the course")
     return readme
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the tree; with --update in argv, also rewrite the counts in README.md."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--update", action="store_true", help="bring README.md up to date")
-    args = parser.parse_args(argv)
-    print(tree())
-    if args.update:
-        path = ROOT / "README.md"
-        path.write_text(update_counts(path.read_text(encoding="utf-8")), encoding="utf-8")
+    with data.command_line():
+        args = parser.parse_args(argv)
+        if args.update:
+            path = ROOT / "README.md"
+            write({path: update_counts(read(path))})
+        print(tree())
 
 
 if __name__ == "__main__":

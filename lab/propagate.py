@@ -8,6 +8,7 @@ left out: each script has its own.
 
 Nothing is written unless every merge succeeds. On a conflict, the program names the file and the
 lines. Leave that script out with --skip, edit it by hand, and run this program on it in turn.
+Commit before you edit the same lines again: the difference is taken from the last commit.
 
 Run it:   python lab/propagate.py v2_single_head.py
           python lab/propagate.py v2_single_head.py --skip v6_fast.py
@@ -23,18 +24,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
 import data
-from lab.ladder import PARENTS, ROOT, split_docstring
-
-
-def read(path: Path) -> str:
-    """The text of a file, with "\\n" at the end of each line."""
-    return path.read_text(encoding="utf-8")
-
-
-def write(path: Path, text: str) -> None:
-    """Replace the text of a file, keeping its line endings."""
-    newline = "\r\n" if b"\r\n" in path.read_bytes() else "\n"
-    path.write_text(text, encoding="utf-8", newline=newline)
+from data.flags import Parser
+from lab.ladder import PARENTS, ROOT, read, split_docstring, write
 
 
 def committed(root: Path, script: str) -> str:
@@ -42,7 +33,7 @@ def committed(root: Path, script: str) -> str:
     command = ["git", "show", f"HEAD:./{script}.py"]
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
     if done.returncode != 0:
-        raise data.InputError(f"{script}.py: not in the last commit; commit it first")
+        raise data.InputError(f"{script}.py: no committed version to compare with ({done.stderr})")
     return done.stdout.replace("\r\n", "\n")
 
 
@@ -114,13 +105,13 @@ def propagate(
         if parent not in after or child in skip:
             continue
         before[child] = read(root / f"{child}.py")
-        docstring, code = split_docstring(before[child])
-        _, parent_before = split_docstring(before[parent])
-        _, parent_after = split_docstring(after[parent])
+        docstring, code = split_docstring(child, before[child])
+        _, parent_before = split_docstring(parent, before[parent])
+        _, parent_after = split_docstring(parent, after[parent])
         merged, conflicts = merge(code, parent_before, parent_after)
         if conflicts:
             above = docstring.count("\n")
-            lines = ", ".join(f"{above + first} to {above + last}" for first, last in conflicts)
+            lines = ", ".join(f"{above + first}-{above + last}" for first, last in conflicts)
             raise data.InputError(
                 f"{child}.py, lines {lines}: in conflict with the change in {parent}.py; nothing "
                 f"was written. Use --skip {child}.py, edit it by hand, then run this on it"
@@ -140,32 +131,33 @@ def count_changes(old: str, new: str) -> str:
 
 def script_name(typed: str) -> str:
     """The name of a script in the tree, from v5_gpt or v5_gpt.py; data.InputError for others."""
-    name = Path(typed).name.removesuffix(".py")
-    if name not in PARENTS:
+    path = Path(typed)
+    name = path.name.removesuffix(".py")
+    is_elsewhere = path.parent != Path() and path.parent.resolve() != ROOT
+    if name not in PARENTS or is_elsewhere:
         raise data.InputError(f"{typed}: not a script of the course ({', '.join(PARENTS)})")
     return name
 
 
 def main(argv: list[str] | None = None) -> None:
     """Carry the change in the script named in argv into its descendants; say what changed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("script", help="the script that was edited")
     parser.add_argument(
         "--skip", action="append", default=[], help="leave out this script and those below it"
     )
-    args = parser.parse_args(argv)
     with data.command_line():
+        args = parser.parse_args(argv)
         script = script_name(args.script)
         skip = [script_name(name) for name in args.skip]
         if committed(ROOT, script) == read(ROOT / f"{script}.py"):
             raise data.InputError(f"{script}.py: the same as in the last commit; edit it first")
         changed = propagate(ROOT, PARENTS, script, skip)
-        for child, text in changed.items():
-            path = ROOT / f"{child}.py"
-            print(f"{child}.py: {count_changes(read(path), text)}")
-            write(path, text)
+        paths = {child: ROOT / f"{child}.py" for child in changed}
+        counts = {child: count_changes(read(paths[child]), changed[child]) for child in changed}
+        write({paths[child]: changed[child] for child in changed})
+        for child, count in counts.items():
+            print(f"{child}.py: {count}")
         if not changed:
             print("no descendant needed a change")
 

@@ -110,6 +110,11 @@ def test_bad_flags(capsys, tmp_path, corpus):
     flags = [*tiny_flags(v5_gpt), "--data", str(corpus), "--out", str(tmp_path)]
     line = refused(ablation, capsys, *flags, "--variants", "v5,no attention")
     assert "--variants 'no attention': choose from v5, no residual connections, " in line
+    assert "--variants: empty" in refused(ablation, capsys, *flags, "--variants", " ,")
     assert "--seeds" in refused(ablation, capsys, *flags, "--seeds", "0")
+    (tmp_path / "ablation.md").write_text("mine", encoding="utf-8")
+    for more in (["--n_head", "5"], ["--data", "missing.txt"], ["--block_size", "999"]):
+        assert more[0] in refused(ablation, capsys, *flags, *more)
+    assert (tmp_path / "ablation.md").read_text(encoding="utf-8") == "mine"
     (tmp_path / "file").write_text(TEXT, encoding="utf-8")
     assert "--out" in refused(ablation, capsys, *flags, "--out", tmp_path / "file")

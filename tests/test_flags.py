@@ -137,6 +137,13 @@ def test_a_tensor_that_no_machine_can_hold(capsys):
     assert "out of memory" in capsys.readouterr().err
 
 
+def test_a_full_disk(capsys):
+    with pytest.raises(SystemExit) as stop, data.command_line():
+        raise OSError(28, "No space left on device", "out.txt")
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: [Errno 28] No space left on device: 'out.txt'\n"
+
+
 @pytest.mark.parametrize("error", [RuntimeError("a bug"), KeyError("a bug")])
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error), match="a bug"), data.command_line():

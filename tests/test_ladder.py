@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import data
+from lab import ladder
 from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, source
 
 # The course at a glance. For each script: its parent, its lesson, and the definitions that it adds
@@ -316,3 +318,21 @@ sys.exit([name for name in own if not name.endswith((".py", ".pyc", ".zip", "boo
     command = [sys.executable, "-B", "-c", program, *SCRIPTS]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_the_tree_and_the_counts_in_the_readme(tmp_path, monkeypatch, capsys):
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    count = changed_lines("bigram", "v2_single_head")
+    old = readme.replace(f"| {count} |", "| 1234 |")
+    assert old != readme
+    monkeypatch.setattr(ladder, "source", lambda script: (ROOT / f"{script}.py").read_text("utf-8"))
+    monkeypatch.setattr(ladder, "ROOT", tmp_path)
+    path = tmp_path / "README.md"
+    path.write_bytes(old.replace("\n", "\r\n").encode("utf-8"))
+    ladder.main(["--update"])
+    assert path.read_bytes() == readme.replace("\n", "\r\n").encode("utf-8")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(".py")[0].strip() for line in lines] == SCRIPTS
+    assert lines[1] == f"  v2_single_head.py  {count} changed lines"
+    with pytest.raises(data.InputError, match="v5_gpt.py needs one row"):
+        ladder.update_counts(readme.replace("[v5_gpt.py]", "[v5]"))

@@ -112,7 +112,7 @@ def test_a_conflict_names_the_place_and_writes_nothing(root, capsys):
     before = texts(root)
     line = refused(capsys, "first")
     number = before["second"].splitlines().index("    return 22") + 1
-    assert f"second.py, lines {number} to {number}: in conflict with the change in first.py" in line
+    assert f"second.py, lines {number}-{number}: in conflict with the change in first.py" in line
     assert "nothing was written" in line
     assert texts(root) == before
 
@@ -123,7 +123,7 @@ def test_every_conflict_is_named(root, capsys):
     edit(root, "first", "return 1", "return 1.0")
     lines = texts(root)["second"].splitlines()
     first, last = lines.index("    return 11") + 1, lines.index("    return 22") + 1
-    assert f"lines {first} to {first}, {last} to {last}: " in refused(capsys, "first")
+    assert f"lines {first}-{first}, {last}-{last}: " in refused(capsys, "first")
 
 
 def test_a_conflict_further_down_writes_nothing_either(root, capsys):
@@ -131,7 +131,7 @@ def test_a_conflict_further_down_writes_nothing_either(root, capsys):
     edit(root, "first", "return 3", "return 33")
     before = texts(root)
     number = before["third"].splitlines().index("    return 333") + 1
-    assert f"third.py, lines {number} to {number}: " in refused(capsys, "first")
+    assert f"third.py, lines {number}-{number}: " in refused(capsys, "first")
     assert texts(root) == before
 
 
@@ -162,14 +162,65 @@ def test_windows_line_endings_are_kept(root):
     assert b"\r" not in (root / "third.py").read_bytes()
 
 
-def test_what_can_not_be_carried(root, capsys):
+def test_mixed_line_endings_become_those_of_unix(root):
+    path = root / "second.py"
+    path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n", 3))
+    edit(root, "first", "return 3", "return 33")
+    propagate.main(["first"])
+    assert path.read_bytes() == TEXTS["second"].replace("return 3", "return 33").encode()
+
+
+def test_what_can_not_be_carried(root, capsys, tmp_path_factory):
     assert "first.py: the same as in the last commit" in refused(capsys, "first")
     assert "v99: not a script of the course (first, second, third, other)" in refused(capsys, "v99")
     assert "v99" in refused(capsys, "first", "--skip", "v99")
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "first.py"
+    assert "not a script of the course" in refused(capsys, str(elsewhere))
+    assert "the following arguments are required" in refused(capsys)
+
+
+def test_what_git_has_not_seen(root, capsys):
     subprocess.run(["git", "rm", "-q", "--cached", "first.py"], cwd=root, check=True)
     identity = ["-c", "user.name=Test", "-c", "user.email=test@example.com"]
     subprocess.run(["git", *identity, "commit", "-qm", "gone"], cwd=root, check=True)
-    assert "first.py: not in the last commit" in refused(capsys, "first")
+    assert "first.py: no committed version to compare with (" in refused(capsys, "first")
+    (root / ".git").rename(root / "git")
+    assert "not a git repository" in refused(capsys, "first")
+
+
+def test_files_that_can_not_be_merged(root, capsys, monkeypatch):
+    edit(root, "first", "return 3", "return 33")
+    before = texts(root)
+    for name in ("first", "third"):
+        for text in ("def broken(:\n", "", "x = 1\n", "\0"):
+            path = root / f"{name}.py"
+            path.write_text(text, encoding="utf-8")
+            assert f"{name}.py: " in refused(capsys, "first")
+            path.write_bytes(b'"""\xff"""\n')
+            assert f"{name}.py: not UTF-8 text" in refused(capsys, "first")
+            path.unlink()
+            assert f"{name}.py" in refused(capsys, "first")
+            path.write_text(before[name], encoding="utf-8", newline="\n")
+    assert texts(root) == before
+    monkeypatch.setenv("PATH", "")
+    assert "'git'" in refused(capsys, "first")
+
+
+def test_a_disk_that_is_full_harms_no_file(root, capsys, monkeypatch):
+    edit(root, "first", "return 3", "return 33")
+    before = texts(root)
+    real = propagate.Path.write_text
+
+    def fail(path, *args, **kwargs):
+        if path.name.startswith("third.py"):
+            raise OSError(28, "No space left on device")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(propagate.Path, "write_text", fail)
+    assert "No space left" in refused(capsys, "first")
+    monkeypatch.undo()
+    assert texts(root) == before
+    assert {path.name for path in root.glob("*.py*")} == {f"{name}.py" for name in TREE}
 
 
 def test_merge_is_that_of_git():
