@@ -22,7 +22,7 @@ class CharTokenizer:
         # A sample starts with a newline by default, so "\n" gets an id even if the text has none.
         self.characters = sorted(set(text) | {"\n"})
         self.n_vocab = len(self.characters)
-        if self.n_vocab > 2**16:
+        if self.n_vocab > 2**16:  # token ids are uint16
             raise InputError("--data: more than 65,536 distinct characters; use another text")
         self.ids = {character: i for i, character in enumerate(self.characters)}
 
@@ -64,6 +64,7 @@ def get_batch(
     """
     starts = torch.randint(len(tokens) - block_size, (batch_size, 1)).numpy()  # (B, 1)
     positions = starts + np.arange(block_size + 1)  # (B, T + 1)
+    # Token ids are kept as uint16 to save memory, but nn.Embedding and cross_entropy want int64.
     windows = tokens[positions].astype(np.int64)  # (B, T + 1)
     windows = torch.from_numpy(windows).to(device)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]  # (B, T) and (B, T)
