@@ -95,6 +95,26 @@ def test_lessons_expect_the_losses_of_the_table(script):
         assert reached == COURSE[parent][2]
 
 
+def test_the_lesson_of_v5_has_the_measured_losses():
+    """Those of lab/ablation.py, in the table of docs/measurements.md, rounded to two places."""
+    page = DOCS[ROOT / "docs" / "measurements.md"]
+    cells = re.findall(r"^\| (.+) \| ([\d.]+) \| [\d.]+ \| ([\d.]+) \| .+ \|$", page, re.MULTILINE)
+    final = {name: f"{float(loss):.2f}" for name, _, loss in cells}
+    first = {name: f"{float(loss):.2f}" for name, loss, _ in cells}
+    lesson = " ".join(LESSONS["v5_gpt"].split())
+    for sentence in (
+        f"v5 itself ends at {final['v5']}.",
+        f"Without them: {final['no residual connections']}.",
+        f"Without it: {final['no LayerNorm']}.",
+        f"near ln(V), {first['v5']}.",
+        f"it is {first['default initialisation']}, but with three blocks it ends as low: "
+        f"{final['default initialisation']}.",
+        f"{final['small text']} without, {final['small text with dropout 0.2']} with dropout 0.2.",
+        f"is higher with it: {final['dropout 0.2']}.",
+    ):
+        assert sentence in lesson
+
+
 def parameters(script: str, vocab_size: int = 65) -> int:
     """How many parameters a script's model has with the CPU defaults and Shakespeare."""
     module = importlib.import_module(script)
