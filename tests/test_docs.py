@@ -106,11 +106,11 @@ def test_the_lesson_of_v5_has_the_measured_losses():
         f"v5 itself ends at {final['v5']}.",
         f"Without them: {final['no residual connections']}.",
         f"Without it: {final['no LayerNorm']}.",
-        f"near ln(V), {first['v5']}.",
-        f"it is {first['default initialisation']}, but with three blocks it ends as low: "
-        f"{final['default initialisation']}.",
+        f"near ln(V), at {first['v5']}.",
+        f"it starts at {first['default initialisation']} and ends at "
+        f"{final['default initialisation']}: no gain",
         f"{final['small text']} without, {final['small text with dropout 0.2']} with dropout 0.2.",
-        f"is higher with it: {final['dropout 0.2']}.",
+        f"slows this small model down: {final['dropout 0.2']}.",
     ):
         assert sentence in lesson
 
