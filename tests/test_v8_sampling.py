@@ -448,7 +448,7 @@ def test_bad_values_are_refused(sampling, capsys, name, value):
 def test_unknown_characters_in_a_prompt_file_are_refused(sampling, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("Zebra", encoding="utf-8")
     line = refused(v8, capsys, *sampling, "--prompt_file", tmp_path / "prompt.txt")
-    assert "--prompt_file: 'Z' not in the corpus" in line
+    assert "--prompt_file: the corpus has no 'Z'" in line
 
 
 def test_each_character_is_shown_before_the_next_is_chosen(sampling, monkeypatch):
