@@ -71,7 +71,8 @@ class Head(nn.Module):
         # mask[i, j] is True if j > i: position i must not look at position j, which comes later.
         # A buffer moves to the GPU with the model, but it isn't trained. persistent=False keeps it
         # out of the saved weights.
-        self.register_buffer("mask", ones.triu(diagonal=1).bool(), persistent=False)
+        mask = ones.triu(diagonal=1).bool()  # (block_size, block_size)
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         T = x.shape[1]
