@@ -24,14 +24,14 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from timeit import repeat
 
+import data
+from data import setting
+
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-import data
-from data import setting
 
 
 @dataclass

@@ -34,14 +34,14 @@ from pathlib import Path
 from timeit import repeat
 from zipfile import ZipFile
 
+import data
+from data import setting
+
 import numpy as np
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-import data
-from data import setting
 
 
 @dataclass

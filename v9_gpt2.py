@@ -28,6 +28,9 @@ from pathlib import Path
 from timeit import repeat
 from zipfile import ZipFile
 
+import data
+from data import setting
+
 import numpy as np
 import tiktoken
 import torch
@@ -36,9 +39,6 @@ from safetensors.torch import load_file, save_file
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
-
-import data
-from data import setting
 
 PRESETS = {  # values of the first SIZES
     "gpt1": ("post", 12, 12, 768, 512), "gpt2": ("pre", 12, 12, 768, 1024),

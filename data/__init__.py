@@ -1,17 +1,31 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
-The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line.
+The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line,
+hardware.py knows what the hardware can do, and checkpoints.py writes files that survive a crash.
 """
+
+from data import loading  # noqa: F401, before anything else that imports PyTorch
+from data.checkpoints import (
+    find_run,
+    lock_run,
+    new_run,
+    read_checkpoint,
+    uninterrupted,
+    write_checkpoint,
+    write_text,
+)
+from data.corpora import load_text
+from data.flags import InputError, command_line, read_flags, setting
+from data.hardware import check_compiler, has_triton, keep_freed_memory, supports_bfloat16
 
 import numpy as np
 import torch
 
-from data.corpora import load_text
-from data.flags import InputError, command_line, read_flags, setting
-
 __all__ = [
-    "CharTokenizer", "InputError", "command_line", "get_batch", "load_text", "read_flags",
-    "setting", "split",
+    "CharTokenizer", "InputError", "check_compiler", "command_line", "find_run", "get_batch",
+    "get_windows", "has_triton", "keep_freed_memory", "load_text", "lock_run", "new_run",
+    "read_checkpoint", "read_flags", "setting", "split", "supports_bfloat16", "uninterrupted",
+    "write_checkpoint", "write_text",
 ]
 
 
@@ -62,8 +76,15 @@ def get_batch(
     The target at each position is the token that comes next, so a window's targets are the same
     stretch of text, one position later.
     """
-    starts = torch.randint(len(tokens) - block_size, (batch_size, 1)).numpy()  # (B, 1)
-    positions = starts + np.arange(block_size + 1)  # (B, T + 1)
+    starts = torch.randint(len(tokens) - block_size, (batch_size,)).numpy()  # (B,)
+    return get_windows(tokens, starts, block_size, device)
+
+
+def get_windows(
+    tokens: np.ndarray, starts: np.ndarray, block_size: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the windows that begin at starts, int (B,), and their targets, int64 (B, T) each."""
+    positions = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
     # Token ids are kept as uint16 to save memory, but nn.Embedding and cross_entropy want int64.
     windows = tokens[positions].astype(np.int64)  # (B, T + 1)
     windows = torch.from_numpy(windows).to(device)  # (B, T + 1)

@@ -5,9 +5,9 @@ import sys
 import sysconfig
 from pathlib import Path
 
-import torch
-
 from data.flags import InputError
+
+import torch
 
 SHAKESPEARE = Path(__file__).parent / "tinyshakespeare.txt"
 URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"

@@ -3,7 +3,7 @@
 import argparse
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, field, fields
 from typing import Any
@@ -64,21 +64,51 @@ def setting(
     return field(default=gpu, metadata=metadata)
 
 
-def read_flags(config_class: type, lesson: str, argv: list[str] | None) -> Any:
+def read_flags(
+    config_class: type, lesson: str, argv: list[str] | None, saved: dict[str, Any] | None = None,
+    fixed: Sequence[str] = (),
+) -> Any:
     """Turn command-line flags into a config_class; a flag not given gets its device's default.
 
     lesson is what --help shows above the flags. argv is the list of flags, or None for those
     that this program was started with. Raises InputError for a flag or value that can't be used.
+
+    saved: the settings of a checkpoint, which take the place of the defaults.
+    fixed: names of settings in saved that a flag must not change.
     """
     flags = vars(make_parser(config_class, lesson).parse_args(argv))  # only the flags given
-    device = flags.setdefault("device", best_device())
-    check_device(device)
-    if device.startswith("cpu"):
+    saved = check_saved(config_class, saved or {})
+    for name in fixed:
+        if flags.get(name, saved[name]) != saved[name]:
+            why = f"the checkpoint has {saved[name]}, which can't be changed; leave the flag out"
+            raise InputError(f"--{name} {flags[name]}: {why}")
+    if "device" not in flags and not is_usable(saved.get("device", "")):
+        flags["device"] = best_device()
+    flags = saved | flags
+    if not is_usable(flags["device"]):
+        why = "PyTorch can't use it on this machine"
+        raise InputError(f"--device {flags['device']}: {why}; try --device cpu")
+    if flags["device"].startswith("cpu"):
         for f in fields(config_class):
             flags.setdefault(f.name, f.metadata["cpu"])
     cfg = config_class(**flags)
     check_ranges(cfg)
     return cfg
+
+
+def check_saved(config_class: type, saved: dict[str, Any]) -> dict[str, Any]:
+    """Those of the saved settings that config_class has; InputError for one of the wrong type."""
+    known = {}
+    for f in fields(config_class):
+        if f.name not in saved:
+            continue
+        value = saved[f.name]
+        if f.type is float and type(value) is int:
+            value = float(value)
+        if type(value) is not f.type:
+            raise InputError(f"the checkpoint's setting {f.name} is {value!r}; it is damaged")
+        known[f.name] = value
+    return known
 
 
 class Parser(argparse.ArgumentParser):
@@ -129,15 +159,15 @@ def best_device() -> str:
     return "cpu"
 
 
-def check_device(device: str) -> None:
-    """Raise InputError if PyTorch can't compute on device."""
+def is_usable(device: str) -> bool:
+    """Whether PyTorch can compute on device."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the error below says enough
+            warnings.simplefilter("ignore")
             torch.ones(1, device=device).item()
     except (RuntimeError, AssertionError, ImportError):  # which of them depends on the device
-        why = "PyTorch can't use it on this machine"
-        raise InputError(f"--device {device}: {why}; try --device cpu") from None
+        return False
+    return True
 
 
 def check_ranges(cfg: Any) -> None:

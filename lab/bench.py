@@ -28,6 +28,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
+import data
+from data import setting
+
 import numpy as np
 import torch
 from torch import nn
@@ -35,9 +38,7 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-import data
 import v6_fast
-from data import setting
 from lab.ladder import SCRIPTS
 
 MODELS = [*SCRIPTS[1:], "transformers"]

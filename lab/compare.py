@@ -22,14 +22,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
+import data
+from data import setting
+
 import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import data
 import v7_training
-from data import setting
 from lab.ladder import PARENTS, SCRIPTS, changed_lines
 
 matplotlib.use("agg")  # a file, no window

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import data
 from data.flags import Parser
+
 from lab.ladder import PARENTS, ROOT, read, split_docstring, write
 
 

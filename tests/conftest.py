@@ -6,10 +6,10 @@ import re
 import tempfile
 from pathlib import Path
 
+import data
+
 import pytest
 import torch
-
-import data
 
 torch.set_num_threads(1)  # for tensors this small, a second thread only costs time
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start

@@ -5,12 +5,13 @@ import http.server
 import socket
 import threading
 
+import data
+from data import corpora
+
 import pytest
 from conftest import TEXT, refused, tiny_flags
 
 import bigram
-import data
-from data import corpora
 
 
 @pytest.mark.parametrize("ends", ["\r\n", "\r"])

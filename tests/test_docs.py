@@ -5,10 +5,11 @@ import importlib
 import re
 import shlex
 
+import data
+
 import pytest
 import torch
 
-import data
 from lab.ladder import PARENTS, ROOT, SCRIPTS, source, update_counts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -2,13 +2,14 @@
 
 import dataclasses
 
+import data
+from data import flags, setting
+
 import pytest
 import torch
 from conftest import refused, tiny_flags
 
 import bigram
-import data
-from data import flags, setting
 
 
 @dataclasses.dataclass

@@ -5,9 +5,10 @@ import inspect
 import subprocess
 import sys
 
+import data
+
 import pytest
 
-import data
 from lab import ladder
 from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, source
 

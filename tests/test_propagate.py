@@ -2,9 +2,10 @@
 
 import subprocess
 
+import data
+
 import pytest
 
-import data
 from lab import propagate
 
 # first -> second -> third, and first -> other

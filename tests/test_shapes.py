@@ -7,13 +7,14 @@ import re
 import sys
 import tokenize
 
+import data
+
 import numpy as np
 import pytest
 import tiktoken
 import torch
 from conftest import TEXT, TINY, VOCAB_SIZE, tiny, tiny_flags
 
-import data
 from lab.ladder import SCRIPTS
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")

@@ -2,6 +2,8 @@
 
 import re
 
+import data
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,6 @@ from conftest import VOCAB_SIZE, random_tokens, refused, tiny, tiny_flags
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import data
 import v5_gpt
 import v6_fast
 

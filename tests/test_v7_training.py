@@ -11,12 +11,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import data
+
 import numpy as np
 import pytest
 import torch
 from conftest import TEXT, TINY, VOCAB_SIZE, refused, tiny, tiny_flags
 
-import data
 import v7_training as v7
 from lab.ladder import ROOT
 

@@ -3,6 +3,8 @@
 import builtins
 import math
 
+import data
+
 import pytest
 import torch
 from conftest import TEXT, TINY, VOCAB_SIZE, random_tokens, refused, shaken, tiny, tiny_flags
@@ -14,7 +16,6 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import data
 import v7_training as v7
 import v8_sampling as v8
 

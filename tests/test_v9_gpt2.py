@@ -14,6 +14,8 @@ import threading
 import time
 from pathlib import Path
 
+import data
+
 import huggingface_hub
 import numpy as np
 import pytest
@@ -31,7 +33,6 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-import data
 import v9_gpt2 as v9
 from lab.ladder import ROOT
 

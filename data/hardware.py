@@ -1,0 +1,52 @@
+"""What the hardware can do, and settings of the whole program that make it faster."""
+
+import ctypes
+import sys
+from importlib.util import find_spec
+
+from data.flags import InputError
+
+import torch
+
+# Parameters of mallopt and their numbers, from glibc's malloc.h.
+M_TRIM_THRESHOLD = -1
+M_MMAP_MAX = -4
+
+
+def supports_bfloat16(device: str) -> bool:
+    """Whether the hardware itself multiplies matrices in bfloat16; emulation would be slower."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.startswith("cpu") and hasattr(torch.cpu, "get_capabilities"):
+        capabilities = torch.cpu.get_capabilities()
+        return capabilities.get("avx512_bf16", False) or capabilities.get("amx_bf16", False)
+    return False
+
+
+def has_triton() -> bool:
+    """Whether Triton is installed, which torch.compile needs on a GPU."""
+    return find_spec("triton") is not None
+
+
+def check_compiler(device: str) -> None:
+    """Raise InputError if torch.compile doesn't work on device."""
+    try:
+        torch.compile(torch.square)(torch.ones(1, device=device))
+    except Exception as error:  # which class it has depends on what is missing
+        why = str(error).partition("\n")[0]
+        raise InputError(f"--compile: {why}; use --no-compile") from None
+
+
+def keep_freed_memory() -> None:
+    """On Linux, keep the memory of freed tensors for the next ones.
+
+    By default, glibc returns every large block to the system, which must fill each page with zeros
+    before the next tensor can have it. At full size on a CPU, that takes 5 to 15% of the time of a
+    training step (docs/measurements.md).
+    """
+    if sys.platform != "linux":
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)  # take large blocks from the heap, not one by one
+        libc.mallopt(M_TRIM_THRESHOLD, -1)  # never shrink the heap
