@@ -187,7 +187,7 @@ class LanguageModel(nn.Module):
         x = self.blocks(x)  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
         x = self.ln_f(x)  # (B, T, n_embd)
-        logits = self.lm_head(x).float()  # (B, T, V)
+        logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
         # cross_entropy expects the V logits of a prediction in dimension 1; here they are in
@@ -253,21 +253,23 @@ def train(
         data.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model
     history = []
+    warming_up = True
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = ""
-                if step > clock_step:
+                speed = 0.0  # tokens/s, unknown before the second step
+                if not warming_up and step > clock_step:
                     wait_for(cfg.device)
                     seconds = time.perf_counter() - clock_start
-                    n_tokens = (step - clock_step) * cfg.batch_size * cfg.block_size
-                    speed = f", {n_tokens / seconds:,.0f} tokens/s"
+                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 history.append((step, train_loss, val_loss))
-                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                tqdm.write(f"step {step}: {losses}{speed}")
+                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                if speed > 0:
+                    report += f", {speed:,.0f} tokens/s"
+                tqdm.write(report)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 clock_step, clock_start = step, time.perf_counter()
@@ -281,9 +283,10 @@ def train(
             loss.backward()
             optimizer.step()
             bar.update()
-            if step == 0:  # this step has compiled the model, so the clock starts after it
+            if warming_up:  # the first step compiles the model, so the clock starts after it
                 wait_for(cfg.device)
-                clock_step, clock_start = 1, time.perf_counter()
+                clock_step, clock_start = step + 1, time.perf_counter()
+                warming_up = False
     return history
 
 
@@ -307,7 +310,6 @@ def main(argv: list[str] | None = None) -> None:
         train(model, train_data, val_data, cfg)
 
         model.eval()
-        model.to(choose_dtype(cfg))  # generating spends most of its time reading the weights
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
         print(tokenizer.decode(sample[0].tolist()))
 

@@ -6,13 +6,15 @@ hardware.py knows what the hardware can do, and checkpoints.py writes files that
 
 from data import loading  # noqa: F401, before anything else that imports PyTorch
 from data.checkpoints import (
-    find_run,
-    lock_run,
-    new_run,
+    describe_run,
+    find_checkpoint,
+    load_averages,
+    load_weights,
     read_checkpoint,
-    uninterrupted,
+    running,
+    stop_requested,
     write_checkpoint,
-    write_text,
+    write_log,
 )
 from data.corpora import load_text
 from data.flags import InputError, command_line, read_flags, setting
@@ -22,10 +24,10 @@ import numpy as np
 import torch
 
 __all__ = [
-    "CharTokenizer", "InputError", "check_compiler", "command_line", "find_run", "get_batch",
-    "get_windows", "has_triton", "keep_freed_memory", "load_text", "lock_run", "new_run",
-    "read_checkpoint", "read_flags", "setting", "split", "supports_bfloat16", "uninterrupted",
-    "write_checkpoint", "write_text",
+    "CharTokenizer", "InputError", "check_compiler", "command_line", "describe_run",
+    "find_checkpoint", "get_batch", "get_windows", "has_triton", "keep_freed_memory",
+    "load_averages", "load_text", "load_weights", "read_checkpoint", "read_flags", "running",
+    "setting", "split", "stop_requested", "supports_bfloat16", "write_checkpoint", "write_log",
 ]
 
 

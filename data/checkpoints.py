@@ -1,83 +1,147 @@
-"""Files that survive a crash: the folder of a run, whole checkpoints or none, and Ctrl-C."""
+"""What keeps a run safe: its folder, checkpoints that are whole or not there, and Ctrl-C."""
 
+import hashlib
+import json
 import os
 import pickle
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile, ZipFile, is_zipfile
 
-from data.flags import InputError
+from data.flags import InputError, Terminated
 
 import torch
 from filelock import FileLock, Timeout
 
-RUNS = Path("out")  # where the folders of the runs are, below the current folder
+RUNS = Path("out")  # the folders of the runs are here, below the current folder
+
+# What a checkpoint holds, by name and type.
+CONTENTS = {
+    "folder": str, "script": str, "config": dict, "tokenizer": str, "characters": str,
+    "corpus": str, "model": dict, "optimizer": dict, "step": int, "random_state": torch.Tensor,
+    "log": list,
+}
+
+stop = threading.Event()  # set by the first Ctrl-C during a run
 
 
-def new_run(out_dir: str, script: str) -> Path:
-    """Make the folder of a new run: out_dir or, if that is empty, out/<date>_<time>_<script>.
+def describe_run(cfg: Any, file: str, tokenizer: Any, text: str, state: dict | None) -> dict:
+    """What the checkpoints of a run say about it; raises InputError if it can't begin.
 
-    Raises InputError if the folder can't be made or already holds a run.
+    cfg: the settings. file: the file of the script. text: the corpus. state: the checkpoint to go
+    on from, or None for a new run, whose folder must not hold another run.
     """
-    folder = Path(out_dir) if out_dir else unused_name(time.strftime("%Y-%m-%d_%H-%M-%S"), script)
-    if any((folder / name).exists() for name in ("latest.pt", "best.pt")):
-        why = "already holds a run; go on with it (--resume), or name another folder"
+    corpus = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    if state is None:
+        folder = new_folder(cfg.out_dir, Path(file).stem)
+    else:
+        folder = Path(state["folder"])
+        if state["corpus"] != corpus:
+            why = "not the text that this run was trained on; give that one"
+            raise InputError(f"--data {cfg.data}: {why}")
+        if cfg.max_iters < state["step"]:
+            why = f"the run is at step {state['step']} already; leave the flag out, or give more"
+            raise InputError(f"--max_iters {cfg.max_iters}: {why}")
+    return {
+        "folder": str(folder), "script": Path(file).stem, "config": asdict(cfg),
+        "tokenizer": "char", "characters": "".join(tokenizer.characters), "corpus": corpus,
+    }
+
+
+def new_folder(out_dir: str, script: str) -> Path:
+    """The folder for a new run: out_dir or, if that is empty, out/<date>_<time>_<script>.
+
+    Raises InputError if it already holds a run.
+    """
+    if not out_dir:
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script}"
+        folder, n = RUNS / name, 1
+        while folder.exists():  # a run that began in the same second
+            n += 1
+            folder = RUNS / f"{name}_{n}"
+        return folder
+    folder = Path(out_dir)
+    if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
+        why = "already holds a run; go on with it (--resume) or name another folder"
         raise InputError(f"--out_dir {folder}: {why}")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        why = f"can't make this folder ({error.strerror}); name another"
-        raise InputError(f"--out_dir {folder}: {why}") from None
     return folder
 
 
-def unused_name(now: str, script: str) -> Path:
-    """The folder for a run that starts now; two runs of the same second get different ones."""
-    folder, n = RUNS / f"{now}_{script}", 1
-    while folder.exists():
-        n += 1
-        folder = RUNS / f"{now}_{script}_{n}"
-    return folder
+def find_checkpoint(cfg: Any) -> dict:
+    """Load latest.pt, or best.pt if only to sample, of the run in cfg.out_dir or of the newest.
 
-
-def find_run(out_dir: str) -> Path:
-    """The folder of an earlier run: out_dir or, if that is empty, the newest in out/.
-
-    Raises InputError if there is none.
+    Raises InputError if there is none, or none that can be used.
     """
-    if out_dir:
-        if not Path(out_dir).is_dir():
-            raise InputError(f"--out_dir {out_dir}: no such folder; name that of an earlier run")
-        return Path(out_dir)
-    runs = sorted(path for path in RUNS.glob("????-??-??_??-??-??_*") if path.is_dir())
-    if not runs:
-        raise InputError(f"no run in {RUNS.resolve()}; train first, or name a folder (--out_dir)")
-    return runs[-1]
+    if cfg.out_dir:
+        folder = Path(cfg.out_dir)
+        if not folder.is_dir():
+            raise InputError(f"--out_dir {folder}: no such folder; name the folder of a run")
+    else:
+        runs = sorted(path for path in RUNS.glob("????-??-??_??-??-??_*") if path.is_dir())
+        if not runs:
+            why = f"no run in {RUNS.resolve()}; train first, or name a folder with --out_dir"
+            raise InputError(why)
+        folder = runs[-1]
+    return read_checkpoint(folder / ("best.pt" if cfg.sample_only else "latest.pt"))
 
 
 @contextmanager
-def lock_run(folder: Path) -> Iterator[None]:
-    """Keep other runs out of folder during the block, even if this one is killed in it.
+def running(run: dict) -> Iterator[None]:
+    """Make the folder of a run, keep other runs out of it, and note Ctrl-C for stop_requested.
 
-    Raises InputError if another run is using the folder, or if it can't be written to.
+    Whoever asks stop_requested should save and raise KeyboardInterrupt. A second Ctrl-C ends the
+    program at once. Raises InputError if another run is using the folder, or if it can't be made.
     """
+    folder = Path(run["folder"])
+    print(f"folder: {folder}", file=sys.stderr)
     lock = FileLock(folder / "lock")
     try:
-        lock.acquire(timeout=0)
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
     except Timeout:
         why = "another run is using it; wait until it ends, or name another folder"
         raise InputError(f"--out_dir {folder}: {why}") from None
     except OSError as error:
         why = f"can't write there ({error.strerror}); name another folder"
         raise InputError(f"--out_dir {folder}: {why}") from None
+
+    received = []
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        stop.set()
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step", file=sys.stderr)
+
+    handlers = {}
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, note)
     try:
         yield
+    except KeyboardInterrupt:
+        command = f'python {run["script"]}.py --resume --out_dir "{folder}"'
+        print(f"stopped and saved; to go on: {command}", file=sys.stderr)
+        if received == [signal.SIGTERM]:
+            raise Terminated from None
+        raise
     finally:
+        stop.clear()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         lock.release()
+
+
+def stop_requested() -> bool:
+    """Whether Ctrl-C was pressed, or the system asked the program to end, since running began."""
+    return stop.is_set()
 
 
 def write_checkpoint(state: dict, path: Path) -> None:
@@ -88,12 +152,10 @@ def write_checkpoint(state: dict, path: Path) -> None:
     replace_file(path, lambda unfinished: torch.save(state, unfinished))
 
 
-def write_text(text: str, path: Path) -> None:
-    """Replace the text file at path; if that fails, the old file stays as it was.
-
-    Raises InputError if it can't be written.
-    """
-    replace_file(path, lambda unfinished: unfinished.write(text.encode("utf-8")))
+def write_log(log: list[dict], path: Path) -> None:
+    """Replace the file at path by one line of JSON for each entry of the log."""
+    lines = "".join(json.dumps(entry) + "\n" for entry in log)
+    replace_file(path, lambda unfinished: unfinished.write(lines.encode("utf-8")))
 
 
 def replace_file(path: Path, write: Callable) -> None:
@@ -112,32 +174,34 @@ def replace_file(path: Path, write: Callable) -> None:
             unfinished.unlink(missing_ok=True)
 
 
-def read_checkpoint(path: Path, contents: dict[str, type]) -> dict:
+def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU, without running any code that may be in it.
 
-    contents: what it must hold, with the type of each. Raises InputError, which says what is wrong
-    and what helps, if the file isn't such a checkpoint.
+    Its "folder" is where it was found. Raises InputError, which says what is wrong and what helps,
+    if it can't be used.
     """
-    best = path.with_name("best.pt")
     try:
-        return load(path, contents)
+        state = load(path)
     except InputError as error:
-        if path == best or not is_intact(best, contents):
+        best = path.with_name("best.pt")
+        if path == best or not is_intact(best):
             raise
-        message = f"{error}; {best.name} beside it is intact: copy it over {path.name} to use it"
-        raise InputError(message) from None
+        why = f"{error}; {best.name} beside it is intact: copy it over {path.name} to use it"
+        raise InputError(why) from None
+    state["folder"] = str(path.parent)
+    return state
 
 
-def is_intact(path: Path, contents: dict[str, type]) -> bool:
-    """Whether load can read the checkpoint at path."""
+def is_intact(path: Path) -> bool:
+    """Whether there is a checkpoint at path that load can read."""
     try:
-        load(path, contents)
+        load(path)
     except InputError:
         return False
     return True
 
 
-def load(path: Path, contents: dict[str, type]) -> dict:
+def load(path: Path) -> dict:
     """Load a checkpoint; raises InputError, which says what is wrong with it."""
     try:
         if not is_zipfile(path.open("rb")):
@@ -157,27 +221,38 @@ def load(path: Path, contents: dict[str, type]) -> dict:
         raise InputError(f"{path}: {why}") from None
     except (RuntimeError, BadZipFile, EOFError, KeyError) as error:
         raise InputError(f"{path}: damaged, or not a checkpoint at all ({error})") from None
-    for name, kind in contents.items():
+    for name, kind in CONTENTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             why = f"not a checkpoint of this course (it lacks {name!r})"
             raise InputError(f"{path}: {why}")
     return state
 
 
-@contextmanager
-def uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and the signal SIGTERM wait until the block is complete."""
-    if threading.current_thread() is not threading.main_thread():  # signals go to the main thread
-        yield
-        return
-    waiting = []
-    handlers = {}
-    for number in (signal.SIGINT, signal.SIGTERM):
-        handlers[number] = signal.signal(number, lambda number, _: waiting.append(number))
+def load_weights(model: torch.nn.Module, state: dict) -> None:
+    """Copy the weights of a checkpoint into a model; raises InputError if they don't fit."""
+    script = Path(sys.modules[type(model).__module__].__file__).stem
     try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-    for number in waiting:
-        signal.raise_signal(number)
+        model.load_state_dict(state["model"])
+    except (RuntimeError, TypeError, AttributeError):
+        why = f"damaged: its weights don't fit its settings {state['config']}"
+        if state["script"] != script:
+            why = f"written by {state['script']}.py, whose model has other weights; use that script"
+        raise InputError(f"{state['folder']}: {why}") from None
+
+
+def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Copy the averages of a checkpoint into a new optimizer; InputError if they don't fit.
+
+    The learning rate and the weight decay stay those of the optimizer, because a flag may have
+    changed them.
+    """
+    groups = optimizer.state_dict()["param_groups"]
+    try:
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        for parameter, averages in optimizer.state.items():
+            for name, value in averages.items():
+                if name != "step" and value.shape != parameter.shape:
+                    raise ValueError(f"{name} has shape {tuple(value.shape)}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        why = f"damaged: the optimizer's averages don't fit ({error})"
+        raise InputError(f"{state['folder']}: {why}") from None

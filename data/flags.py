@@ -1,7 +1,9 @@
 """Settings, command-line flags and error messages, the same in every script."""
 
 import argparse
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +17,27 @@ class InputError(ValueError):
     """Something the user typed can't work. The message names it and says what to do."""
 
 
+class Terminated(KeyboardInterrupt):
+    """The system wants the program to end, as clusters do before they stop a machine."""
+
+
+def terminate(*_: Any) -> None:
+    """Handle the signal SIGTERM like Ctrl-C, so that what Ctrl-C saves is saved here too."""
+    raise Terminated
+
+
 @contextmanager
 def command_line() -> Iterator[None]:
     """Run the block inside; report a user's mistake in one line and exit with status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
+    if threading.current_thread() is threading.main_thread():  # no other may handle signals
+        signal.signal(signal.SIGTERM, terminate)
     try:
         yield
+    except Terminated:
+        sys.exit(143)  # the status that shells expect after SIGTERM
     except KeyboardInterrupt:
         sys.exit(130)  # the status that shells expect after Ctrl-C
     except BrokenPipeError:
@@ -51,16 +66,17 @@ NO_LIMIT = 2**31  # larger sizes and counts would only overflow later
 
 def setting(
     text: str, *, gpu: Any, cpu: Any, least: float = 0, below: float = NO_LIMIT,
-    choices: list[str] | None = None,
+    most: float = NO_LIMIT, choices: list[str] | None = None,
 ) -> Any:
     """Declare a field of Config, which is also a command-line flag.
 
     text: what the setting means, for --help.
     gpu, cpu: its default on a GPU (CUDA or MPS) and on the CPU.
-    least, below: the range of a number, least <= number < below.
+    least, below, most: the range of a number, least <= number < below and number <= most.
     choices: the only values that a string may have.
     """
-    metadata = {"text": text, "cpu": cpu, "least": least, "below": below, "choices": choices}
+    limits = {"least": least, "below": below, "most": most, "choices": choices}
+    metadata = {"text": text, "cpu": cpu, **limits}
     return field(default=gpu, metadata=metadata)
 
 
@@ -173,6 +189,10 @@ def is_usable(device: str) -> bool:
 def check_ranges(cfg: Any) -> None:
     """Raise InputError if a number in cfg is outside the range its setting allows."""
     for f in fields(cfg):
-        value, least, below = getattr(cfg, f.name), f.metadata["least"], f.metadata["below"]
-        if f.type in (int, float) and not least <= value < below:  # also refuses NaN
-            raise InputError(f"--{f.name} {value}: must be at least {least} and below {below}")
+        if f.type not in (int, float):
+            continue
+        value, least = getattr(cfg, f.name), f.metadata["least"]
+        below, most = f.metadata["below"], f.metadata["most"]
+        if not (least <= value < below and value <= most):  # also refuses NaN
+            end = f"below {below}" if below <= most else f"at most {most}"
+            raise InputError(f"--{f.name} {value}: must be at least {least} and {end}")

@@ -28,7 +28,7 @@ from torch import nn
 from tqdm import tqdm
 
 import v5_gpt
-from v7_training import whole_loss
+from lab.evaluate import whole_loss
 
 SMALL_TEXT = 100_000  # characters; v5's CPU defaults go through them 55 times
 VARIANTS = ["v5", "no residual connections", "no LayerNorm", "default initialisation"]

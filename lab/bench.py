@@ -7,9 +7,9 @@ count, exactly as the script's own train() runs them. A generation turn fills th
 block_size tokens, starting from one token.
 
 Run it:   python lab/bench.py
-          python lab/bench.py --models v5_gpt,v6_fast --batch_size 24 --block_size 64 --steps 50
-          python lab/bench.py --models "" --writers v7_training,v8_sampling
-Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7_training.py.
+          python lab/bench.py --models v5_gpt,v6b_fast --batch_size 24 --block_size 64 --steps 50
+          python lab/bench.py --models "" --writers v7a_sampling,v7b_kv_cache
+Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
 """
 
 import importlib
@@ -38,11 +38,13 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-import v6_fast
+import v6b_fast
 from lab.ladder import SCRIPTS
 
-MODELS = [*SCRIPTS[1:], "transformers"]
-WRITERS = [*SCRIPTS[SCRIPTS.index("v7_training") :], "transformers"]
+# The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
+REFERENCES = ["transformers", "transformers_autocast"]
+MODELS = [*SCRIPTS[1:], *REFERENCES]
+WRITERS = [*SCRIPTS[SCRIPTS.index("v7a_sampling") :], "transformers"]
 SAMPLES = (1, 16)  # texts generated at a time
 VOCAB_SIZE = 65  # as in Shakespeare
 
@@ -60,10 +62,10 @@ class Config:
     n_layer: int = setting("number of blocks", gpu=6, cpu=6, least=1, below=1001)
     dropout: float = setting("probability of dropping an activation", gpu=0.0, cpu=0.0, below=1)
     dtype: str = setting(
-        "dtype from v6 on", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+        "dtype from v6b on", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
     compile: bool = setting(
-        "use torch.compile from v6 on", gpu=v6_fast.Config.compile, cpu=False
+        "use torch.compile from v6b on", gpu=v6b_fast.Config.compile, cpu=False
     )
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     models: str = setting(
@@ -91,7 +93,7 @@ class Turn:
 class Reference(nn.Module):
     """The GPT-2 of transformers, with the interface of a script's model."""
 
-    def __init__(self, cfg: v6_fast.Config, vocab_size: int) -> None:
+    def __init__(self, cfg: v6b_fast.Config, vocab_size: int) -> None:
         super().__init__()
         from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -117,13 +119,14 @@ class Reference(nn.Module):
 
 
 def train_reference(
-    model: Reference, train_data: np.ndarray, _: np.ndarray, cfg: v6_fast.Config
+    model: Reference, train_data: np.ndarray, _: np.ndarray, cfg: v6b_fast.Config
 ) -> None:
-    """The training loop of v5, without the loss estimates."""
+    """The training loop of v5 without the loss estimates, in the dtype of cfg."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     for _ in range(cfg.max_iters):
         x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
-        _, loss = model(x, y)  # (B, T, V) and ()
+        with v6b_fast.autocast(cfg):
+            _, loss = model(x, y)  # (B, T, V) and ()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -155,11 +158,13 @@ def config_of(script: Any, cfg: Config) -> Any:
 
 def take_turn(name: str, cfg: Config) -> Turn:
     """Train a new model for 1 + steps steps in this process, and time all but the first."""
-    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    script = v6b_fast if name in REFERENCES else importlib.import_module(name)
     script_cfg = config_of(script, cfg)
     make, train = script.LanguageModel, script.train
-    if name == "transformers":
+    if name in REFERENCES:
         make, train = Reference, train_reference
+    if name == "transformers":
+        script_cfg = replace(script_cfg, dtype="float32")
 
     torch.manual_seed(0)
     ids = torch.randint(VOCAB_SIZE, (200_000,)).tolist()
@@ -180,26 +185,61 @@ def take_turn(name: str, cfg: Config) -> Turn:
     tokens_per_second = tokens / (times[cfg.steps] - times[0])
 
     gb_after = peak_memory(cfg.device)
-    fused = name in SCRIPTS[SCRIPTS.index("v6_fast") :]
-    dtype = v6_fast.choose_dtype(script_cfg) if fused else "float32"
-    with torch.device("meta"):  # no memory: only the shapes are counted
-        counted = v6_fast.LanguageModel(script_cfg, VOCAB_SIZE) if make is Reference else model
-    n_layer = cfg.n_layer if hasattr(script_cfg, "n_layer") else 1
-    counted_cfg = v6_fast.Config(
-        block_size=cfg.block_size, n_embd=cfg.n_embd, n_layer=n_layer, device=cfg.device,
+    dtype = dtype_of(script, script_cfg)
+    flops = flops_per_token(model, name, cfg)
+    return Turn(
+        tokens_per_second=tokens_per_second,
+        utilisation=tokens_per_second * flops / matmul_rate(dtype, cfg.device),
+        gb_before=gb_before,
+        gb_after=gb_after,
         dtype=dtype,
     )
-    share = v6_fast.utilisation(counted, tokens_per_second, counted_cfg)
-    return Turn(tokens_per_second, share, gb_before, gb_after, dtype)
+
+
+def dtype_of(script: Any, cfg: Any) -> str:
+    """The dtype in which a script's matmuls run, "float32" or "bfloat16"."""
+    if not hasattr(script, "choose_dtype"):
+        return "float32"
+    return str(script.choose_dtype(cfg)).removeprefix("torch.")
+
+
+def flops_per_token(model: nn.Module, name: str, cfg: Config) -> float:
+    """The FLOPs that training takes per token (Chowdhery et al. 2022, appendix B).
+
+    They are 6 for each weight in a matmul, 2 of them in the forward pass and 4 in the backward
+    pass, and 12 n_embd block_size in each layer for the scores and the sums of values.
+    """
+    if name in REFERENCES:  # transformers has a layer of its own in place of nn.Linear
+        with torch.device("meta"):  # no memory: only the shapes are counted
+            model = v6b_fast.LanguageModel(config_of(v6b_fast, cfg), VOCAB_SIZE)
+    n_weights = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    n_layer = len(model.blocks) if hasattr(model, "blocks") else 1
+    return 6 * n_weights + 12 * n_layer * cfg.n_embd * cfg.block_size
+
+
+def matmul_rate(dtype: str, device: str) -> float:
+    """The FLOPs per second of a large square matmul, the best of five."""
+    n = 1024 if device.startswith("cpu") else 8192
+    a = torch.randn(n, n, device=device).to(getattr(torch, dtype))  # (n, n)
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        (a @ a)[0, 0].item()  # item() waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * n**3 / min(seconds)
 
 
 def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
     """Fill the contexts of num_samples texts from one token each: (tokens/s, dtype)."""
-    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    script = v6b_fast if name == "transformers" else importlib.import_module(name)
     make = Reference if name == "transformers" else script.LanguageModel
     torch.manual_seed(0)
     config = config_of(script, cfg)
     model = make(config, VOCAB_SIZE).to(cfg.device).eval()
+    dtype = "float32"
+    if hasattr(script, "KVCache"):  # these convert the weights before they generate
+        dtype = dtype_of(script, config)
+        model.to(getattr(torch, dtype))
     if hasattr(script, "lay_out_for_rows"):
         script.lay_out_for_rows(model)
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
@@ -207,8 +247,7 @@ def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
     start = time.perf_counter()
     model.generate(idx, cfg.block_size - 1)[0, 0].item()  # which waits for the device
     speed = num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
-    # From v8 on, generation uses float32, whatever the dtype of training.
-    return speed, v6_fast.choose_dtype(config) if name == "v7_training" else "float32"
+    return speed, dtype
 
 
 def circumstances(cfg: Config) -> str:
@@ -229,15 +268,15 @@ def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Conf
         f"1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
         "the lowest and the highest.",
         "",
-        "| texts | model | dtype | tokens/s | lowest to highest | times v7 |",
+        "| texts | model | dtype | tokens/s | lowest to highest | times v7a |",
         "|---:|---|---|---:|---:|---:|",
     ]
     medians = {key: median(speed for speed, _ in results) for key, results in turns.items()}
     for (num_samples, name), results in turns.items():
         speeds = [speed for speed, _ in results]
         ratio = "-"
-        if (num_samples, "v7_training") in turns:
-            ratio = f"{medians[num_samples, name] / medians[num_samples, 'v7_training']:.2f}"
+        if (num_samples, "v7a_sampling") in turns:
+            ratio = f"{medians[num_samples, name] / medians[num_samples, 'v7a_sampling']:.2f}"
         lines.append(
             f"| {num_samples} | `{name}` | {results[0][1]} | {medians[num_samples, name]:,.0f} | "
             f"{min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
@@ -291,12 +330,12 @@ def main(argv: list[str] | None = None) -> None:
         writers = names_in("writers", cfg.writers, WRITERS)
         if not names + writers:
             raise data.InputError("--models and --writers: both empty; say what to measure")
-        if "transformers" in names + writers and not find_spec("transformers"):
+        if not set(REFERENCES).isdisjoint(names + writers) and not find_spec("transformers"):
             why = "no transformers; pip install -r requirements-dev.txt"
             raise data.InputError(f"--models, --writers: {why}")
         if cfg.n_embd % cfg.n_head:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
-        v6_fast.choose_dtype(replace(v6_fast.Config(), dtype=cfg.dtype, device=cfg.device))
+        v6b_fast.choose_dtype(config_of(v6b_fast, cfg))
         path = Path(cfg.out) / "bench.md"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,13 @@
 """compare.py: train every script on the same budget and put the results side by side.
 
-Each script gets the same text, the same settings and the same number of training tokens:
-max_iters batches of batch_size windows of block_size tokens. A script that doesn't have a setting
-goes without it. Each run is the one that the script's own command makes with the same flags, to
-the last digit.
+Each script gets the same text, a model of the same size and the same number of training tokens:
+max_iters batches of batch_size windows of block_size tokens. The learning rate and the rest of the
+recipe have the script's own defaults, unless a flag sets them for all scripts. A script that doesn't
+have a setting goes without it.
 
 Run it:   python lab/compare.py
           python lab/compare.py --scripts v4_feedforward,v5_gpt --data python --prompt "def "
-          python lab/compare.py --scripts "" --logs out/v7/log.jsonl
+          python lab/compare.py --scripts "" --logs out/my_run/log.jsonl
 Writes:   lab/out/compare.md, a table of losses and times and samples, and compare.png, the curves.
 """
 
@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import data
 from data import setting
+from data.flags import make_parser
 
 import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import v7_training
+import v7b_kv_cache
+from lab.evaluate import whole_loss
 from lab.ladder import PARENTS, SCRIPTS, changed_lines
 
 matplotlib.use("agg")  # a file, no window
@@ -38,14 +40,18 @@ from matplotlib import pyplot as plt
 
 
 @dataclass
-class Config(v7_training.Config):
-    """The settings of v7_training.py, and what to compare."""
+class Config(v7b_kv_cache.Config):
+    """The settings of v7b_kv_cache.py, and what to compare."""
 
     scripts: str = setting(
         "scripts to train, separated by commas", gpu=",".join(SCRIPTS), cpu=",".join(SCRIPTS)
     )
     logs: str = setting("log.jsonl files to draw as well, separated by commas", gpu="", cpu="")
     out: str = setting("folder for compare.md and compare.png", gpu="lab/out", cpu="lab/out")
+
+
+# The recipe of a script, which keeps its own defaults.
+RECIPE = ["learning_rate", "weight_decay", "warmup_iters", "eval_iters"]
 
 
 @dataclass
@@ -60,25 +66,25 @@ class Result:
     sample: str
 
 
-def config_of(name: str, cfg: Config) -> Any:
-    """A script's Config, with those of cfg's settings that it has."""
-    known = {field.name for field in fields(importlib.import_module(name).Config)}
-    values = {name: value for name, value in asdict(cfg).items() if name in known}
-    return importlib.import_module(name).Config(**values)
+def config_of(name: str, cfg: Config, given: dict[str, Any]) -> Any:
+    """A script's Config with the sizes of cfg and the flags that were given, if it has them."""
+    values = {key: value for key, value in asdict(cfg).items() if key not in RECIPE}
+    script = importlib.import_module(name)
+    return data.read_flags(script.Config, "", [], saved={**values, **given})
 
 
 def train_script(
-    name: str, cfg: Config, tokenizer: data.CharTokenizer, train_data: np.ndarray,
+    name: str, cfg: Any, tokenizer: data.CharTokenizer, train_data: np.ndarray,
     val_data: np.ndarray,
 ) -> Result:
     """Train one script and sample from it; val_loss is over the whole of val_data."""
-    script, script_cfg = importlib.import_module(name), config_of(name, cfg)
+    script = importlib.import_module(name)
     torch.manual_seed(cfg.seed)
-    model = script.LanguageModel(script_cfg, tokenizer.n_vocab).to(cfg.device)
+    model = script.LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
-    history = script.train(model, train_data, val_data, script_cfg)
+    history = script.train(model, train_data, val_data, cfg)
     seconds = time.perf_counter() - start
-    if history[-1][0] < cfg.max_iters:  # from v7 on, train() returns early after Ctrl-C
+    if history[-1][0] < cfg.max_iters:  # v9's train() returns early after Ctrl-C
         raise KeyboardInterrupt
     model.eval()
     start_text = cfg.prompt if cfg.prompt else "\n"
@@ -88,7 +94,7 @@ def train_script(
         script=name,
         parameters=sum(p.numel() for p in model.parameters()),
         history=history,
-        val_loss=v7_training.whole_loss(model, val_data, cfg),
+        val_loss=whole_loss(model, val_data, cfg),
         seconds=seconds,
         sample=tokenizer.decode(sample[0].tolist()),
     )
@@ -99,7 +105,7 @@ def table(results: list[Result], cfg: Config) -> str:
     tokens = cfg.max_iters * cfg.batch_size * cfg.block_size
     on_gpu = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
-    others = ("scripts", "logs", "out", "out_dir", "resume", "sample_only")
+    others = ["scripts", "logs", "out", "out_dir", "resume", "sample_only", *RECIPE]
     settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in others)
     lines = [
         f"Each script trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
@@ -126,7 +132,7 @@ def table(results: list[Result], cfg: Config) -> str:
 
 
 def read_log(name: str) -> list[tuple[int, float, float]]:
-    """Read a log.jsonl of v7_training.py or later as (step, train loss, validation loss).
+    """Read a log.jsonl of v6d_checkpoints.py or later as (step, train loss, validation loss).
 
     Raises data.InputError if the file isn't one.
     """
@@ -167,8 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     """Train the scripts named in argv's flags; write the table and the picture after each one."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
-        if cfg.grad_accum_steps > 1 or cfg.resume or cfg.sample_only:
-            raise data.InputError("--grad_accum_steps, --resume, --sample_only: not for comparing")
+        given = vars(make_parser(Config, "").parse_args(argv))
+        if cfg.resume or cfg.sample_only:
+            raise data.InputError("--resume, --sample_only: not for comparing")
         names = [name.strip() for name in cfg.scripts.split(",") if name.strip()]
         unknown = [name for name in names if name not in SCRIPTS]
         if unknown:
@@ -183,8 +190,9 @@ def main(argv: list[str] | None = None) -> None:
         splits = data.split(tokenizer.encode(text), cfg.block_size)
         # Find mistakes now, not after the first scripts have been trained.
         tokenizer.encode(cfg.prompt)
+        configs = {name: config_of(name, cfg, given) for name in names}
         for name in names:
-            importlib.import_module(name).LanguageModel(config_of(name, cfg), tokenizer.n_vocab)
+            importlib.import_module(name).LanguageModel(configs[name], tokenizer.n_vocab)
         markdown, picture = Path(cfg.out) / "compare.md", Path(cfg.out) / "compare.png"
         try:
             markdown.parent.mkdir(parents=True, exist_ok=True)
@@ -195,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
         results = []
         for name in tqdm(names, desc="scripts"):
             tqdm.write(f"{name}.py")
-            result = train_script(name, cfg, tokenizer, *splits)
+            result = train_script(name, configs[name], tokenizer, *splits)
             results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
             histories[f"{name}  {result.val_loss:.2f}"] = result.history

@@ -25,10 +25,13 @@ PARENTS = {
     "v3_multi_head": "v2_single_head",
     "v4_feedforward": "v3_multi_head",
     "v5_gpt": "v4_feedforward",
-    "v6_fast": "v5_gpt",
-    "v7_training": "v6_fast",
-    "v8_sampling": "v7_training",
-    "v9_gpt2": "v8_sampling",
+    "v6a_fused_attention": "v5_gpt",
+    "v6b_fast": "v6a_fused_attention",
+    "v6c_recipe": "v6b_fast",
+    "v6d_checkpoints": "v6c_recipe",
+    "v7a_sampling": "v6d_checkpoints",
+    "v7b_kv_cache": "v7a_sampling",
+    "v9_gpt2": "v7b_kv_cache",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

@@ -1,0 +1,431 @@
+"""v6d_checkpoints.py: training runs that can be stopped, killed and resumed.
+
+A checkpoint holds everything that the rest of a run depends on: the weights, the optimizer's
+averages, the number of steps taken (which sets the learning rate) and the state of the random
+number generator (which draws the batches and the dropout). A run that continues from there takes
+exactly the steps that it would have taken: on a CPU, the weights are the same to the last bit. (On
+a GPU, sums come out a little different each time, and dropout has a generator of its own.)
+
+Each run has a folder in out/, and every checkpoint holds the settings and the vocabulary:
+
+    latest.pt    the state at the last loss estimate, or when the run was stopped with Ctrl-C
+    best.pt      the state with the lowest validation loss; the sample comes from it
+    log.jsonl    one line of JSON for each loss estimate
+
+A file is replaced once the new one is complete, so a crash or a full disk can't harm the old one.
+
+New here: Run, --out_dir, --resume, --sample_only.
+Run it:   python v6d_checkpoints.py
+          python v6d_checkpoints.py --resume
+          python v6d_checkpoints.py --sample_only --prompt "ROMEO:"
+Expect:   a validation loss of about 1.60 with the CPU defaults, as in v6c_recipe.py.
+Diff:     git diff --no-index v6c_recipe.py v6d_checkpoints.py
+"""
+
+import math
+import sys
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import data
+from data import has_triton, setting
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    """The settings. Each one is also a command-line flag with the same name.
+
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
+    """
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
+    learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=3600)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
+    eval_iters: int = setting("most batches in a loss estimate", gpu=200, cpu=75, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    dtype: str = setting(
+        "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
+    out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
+    resume: bool = setting("continue the newest run, or that in --out_dir", gpu=False, cpu=False)
+    sample_only: bool = setting("only sample, from its best weights", gpu=False, cpu=False)
+
+
+# The settings that determine the shapes of the weights.
+SIZES = ["block_size", "n_embd", "n_head", "n_layer"]
+
+
+def choose_dtype(cfg: Config) -> torch.dtype:
+    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+
+    Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
+    """
+    supported = data.supports_bfloat16(cfg.device)
+    if cfg.dtype == "bfloat16" and not supported:
+        why = f"the hardware of {cfg.device} doesn't support it; use --dtype float32"
+        raise data.InputError(f"--dtype bfloat16: {why}")
+    if cfg.dtype == "auto" and supported:
+        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 256
+        return torch.float32 if is_narrow else torch.bfloat16
+    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+
+
+def autocast(cfg: Config) -> torch.autocast:
+    """A context in which matmuls run in the dtype of choose_dtype; all else stays in float32."""
+    device_type = torch.device(cfg.device).type
+    enabled = choose_dtype(cfg) == torch.bfloat16
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class MultiHeadAttention(nn.Module):
+    """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
+
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
+    n_embd.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.n_embd % cfg.n_head != 0:
+            raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
+        self.n_head = cfg.n_head
+        self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, T, n_embd = x.shape
+        query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
+        # Cut the last dimension into heads, and put the heads next to the batch: attention works on
+        # the last two dimensions and treats those before them alike.
+        query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        dropout_p = self.dropout.p if self.training else 0.0
+        x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
+            query, key, value, dropout_p=dropout_p, is_causal=True
+        )
+        x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
+        return self.dropout(self.projection(x))  # (B, T, n_embd)
+
+
+class FeedForward(nn.Module):
+    """A two-layer network applied to each position separately (Vaswani et al. 2017, section 3.3).
+
+    Maps float (B, T, n_embd) to the same shape.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.projection = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.expansion(x))  # (B, T, 4 * n_embd)
+        return self.dropout(self.projection(x))  # (B, T, n_embd)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network, each with LayerNorm on its input.
+
+    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attention = MultiHeadAttention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.feed_forward = FeedForward(cfg)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        # Residual connections: each part adds to x instead of replacing it.
+        x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token at every position of a window."""
+
+    def __init__(self, cfg: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.block_size = cfg.block_size
+        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
+        self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
+        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # weights have one dimension, so they keep PyTorch's initial value, 1.
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+
+        idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
+        """
+        positions = torch.arange(idx.shape[1], device=idx.device)  # (T,)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
+        x = self.blocks(x)  # (B, T, n_embd)
+        # Each block has added to x, so normalise the sum before the last layer reads it.
+        x = self.ln_f(x)  # (B, T, n_embd)
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # cross_entropy expects the V logits of a prediction in dimension 1; here they are in
+        # dimension 2. Each position of each window is a prediction, so make them B * T rows.
+        rows = logits.flatten(0, 1)  # (B * T, V)
+        loss = F.cross_entropy(rows, targets.flatten())  # ()
+        return logits, loss
+
+    @torch.no_grad()
+    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
+        for _ in tqdm(range(max_new_tokens), desc="generating", delay=1, leave=False):
+            # There are embeddings for block_size positions only, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            logits, _ = self(context)  # (B, min(T, block_size), V)
+            # Only the last position predicts a token that isn't there yet.
+            probabilities = F.softmax(logits[:, -1], dim=-1)  # (B, V)
+            next_token = torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+            idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+        return idx
+
+
+def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    if cfg.device.startswith("cuda"):
+        # From pinned memory the GPU fetches the data itself, while both it and Python go on.
+        x, y = x.pin_memory(), y.pin_memory()  # (B, T) each
+    x = x.to(cfg.device, non_blocking=True)  # (B, T)
+    y = y.to(cfg.device, non_blocking=True)  # (B, T)
+    return x, y
+
+
+@torch.no_grad()
+def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
+    """Return the mean loss in nats over the same windows each time, so that losses compare.
+
+    The windows lie side by side and cover a small split. Of a larger one, they are a sample of
+    eval_iters batches, evenly spread.
+    """
+    model.eval()  # switches off dropout, which v5 introduces
+    n_windows = (len(tokens) - 1) // cfg.block_size
+    n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
+    chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
+    starts = chosen * cfg.block_size  # (n_chosen,)
+    total = 0.0
+    for i in range(0, n_chosen, cfg.batch_size):
+        if data.stop_requested():
+            raise KeyboardInterrupt
+        batch = starts[i : i + cfg.batch_size]
+        x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
+        with autocast(cfg):
+            _, loss = model(x, y)  # ()
+        total += loss.item() * len(batch)  # the last batch may be smaller
+    model.train()
+    return total / n_chosen
+
+
+def make_optimizer(model: LanguageModel, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019) of matrices and embeddings."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate_at(step: int, cfg: Config) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    progress = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)  # 0 to 1
+    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def shorten_warmup(cfg: Config) -> Config:
+    """Return the settings, with a warm-up of a tenth of the run if it would take up most of it."""
+    if cfg.warmup_iters <= cfg.max_iters // 2:
+        return cfg
+    n = cfg.max_iters // 10
+    why = f"{cfg.warmup_iters} steps are most of a run of {cfg.max_iters}; using {n}"
+    print(f"notice: --warmup_iters: {why}", file=sys.stderr)
+    return replace(cfg, warmup_iters=n)
+
+
+def save_checkpoint(
+    name: str, model: LanguageModel, optimizer: torch.optim.AdamW, step: int, log: list[dict],
+    run: dict | None,
+) -> None:
+    """Write the state between two steps to the folder of the run; without a run, do nothing."""
+    if run is None:
+        return
+    state = {
+        **run,  # the folder, the script and its settings, the tokenizer, the text
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "step": step,
+        "random_state": torch.get_rng_state(),
+        "log": log,
+    }
+    data.write_checkpoint(state, Path(run["folder"], name))
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
+    torch.get_device_module(device).synchronize()
+
+
+def train(
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
+    run: dict | None = None, state: dict | None = None,
+) -> list[tuple[int, float, float]]:
+    """Train the model; return the history as (step, train loss, validation loss), in nats.
+
+    Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
+    without it, nothing is saved. state: the checkpoint to go on from.
+    """
+    data.keep_freed_memory()
+    cfg = shorten_warmup(cfg)
+    optimizer = make_optimizer(model, cfg)
+    if cfg.compile:
+        data.check_compiler(cfg.device)
+    compiled_model = torch.compile(model) if cfg.compile else model
+    history = []
+    first_step, log = 0, []
+    if state is not None:
+        data.load_averages(optimizer, state)
+        torch.set_rng_state(state["random_state"])
+        first_step = state["step"]
+        log = [entry for entry in state["log"] if entry["step"] < first_step]
+    warming_up = True
+    clock_step, clock_start = 0, time.perf_counter()
+    with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
+        for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
+            stop = data.stop_requested()
+            # Save before estimating, which takes a while and which Ctrl-C may interrupt.
+            if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                save_checkpoint("latest.pt", model, optimizer, step, log, run)
+            if stop:
+                raise KeyboardInterrupt
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                speed = 0.0  # tokens/s, unknown before the second step
+                if not warming_up and step > clock_step:
+                    wait_for(cfg.device)
+                    seconds = time.perf_counter() - clock_start
+                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
+                history.append((step, train_loss, val_loss))
+                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                if speed > 0:
+                    report += f", {speed:,.0f} tokens/s"
+                tqdm.write(report)
+                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+                    raise data.InputError("the loss is not finite; try a smaller --learning_rate")
+                is_best = all(val_loss < entry["val_loss"] for entry in log)
+                losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
+                log.append({**losses, "tokens_per_second": speed})
+                if is_best:
+                    save_checkpoint("best.pt", model, optimizer, step, log, run)
+                if run is not None:
+                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                clock_step, clock_start = step, time.perf_counter()
+            if step == cfg.max_iters:
+                break
+
+            x, y = get_batch(train_data, cfg)  # (B, T) each
+            with autocast(cfg):
+                _, loss = compiled_model(x, y)  # ()
+            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, cfg)
+            optimizer.step()
+            bar.update()
+            if warming_up:  # the first step compiles the model, so the clock starts after it
+                wait_for(cfg.device)
+                clock_step, clock_start = step + 1, time.perf_counter()
+                warming_up = False
+    return history
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a model, then print a sample. argv: the flags, by default those of the command line."""
+    with data.command_line():
+        cfg = data.read_flags(Config, __doc__, argv)
+        state = None
+        if cfg.resume or cfg.sample_only:
+            state = data.find_checkpoint(cfg)
+            cfg = data.read_flags(Config, __doc__, argv, state["config"], SIZES)
+        torch.manual_seed(cfg.seed)
+
+        text = state["characters"] if cfg.sample_only else data.load_text(cfg.data)
+        tokenizer = data.CharTokenizer(state["characters"] if state else text)
+        start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
+
+        model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+        if state is not None:
+            data.load_weights(model, state)
+        if not cfg.sample_only:
+            run = data.describe_run(cfg, __file__, tokenizer, text, state)
+            train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+            sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
+            print(f"tokens: {sizes}", file=sys.stderr)
+            with data.running(run):
+                train(model, train_data, val_data, cfg, run, state)
+            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
+            data.load_weights(model, state)
+            val_loss = state["log"][-1]["val_loss"]
+            bits = val_loss / math.log(2)
+            units = f"perplexity {math.exp(val_loss):.2f}, {bits:.3f} bits per character"
+            print(f"validation loss {val_loss:.4f} nats per character, {units}")
+
+        print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
+        torch.manual_seed(cfg.seed)
+        model.eval()
+        sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
+        print(tokenizer.decode(sample[0].tolist()))
+
+
+if __name__ == "__main__":
+    main()

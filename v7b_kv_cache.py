@@ -1,0 +1,550 @@
+"""v7b_kv_cache.py: generate faster, by computing the keys and values of each token only once.
+
+To choose the next token, v7a processes the whole text again. But a token's keys and values depend
+only on the tokens before it, so while the text grows, those of the old tokens stay the same. Here,
+each layer keeps them in a cache. A step then processes a single token: it appends the token's own
+key and value, and compares its query with all keys so far (Pope et al. 2022).
+
+When the cache is full, the last half of the text is processed again from position 0 on, because
+the keys of a model with learned positions can't move to other positions. So a token is chosen by
+looking at block_size / 2 to block_size tokens, where v7a always looks at block_size.
+
+Most of the time for a token now goes into reading all the weights once. So they are converted to
+the dtype of --dtype first: in bfloat16, there is half as much to read, but rounding may tip a close
+choice between two tokens. In float32, v7b writes what v7a writes.
+
+New here: KVCache, and the cache as an argument of the attention, the blocks and the model.
+Run it:   python v7b_kv_cache.py --sample_only --prompt "ROMEO:"
+          python v7b_kv_cache.py
+Expect:   the losses of v7a_sampling.py, and its text while that fits into block_size.
+Diff:     git diff --no-index v7a_sampling.py v7b_kv_cache.py
+"""
+
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import data
+from data import has_triton, setting
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+
+@dataclass
+class Config:
+    """The settings. Each one is also a command-line flag with the same name.
+
+    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
+    and V the size of the vocabulary.
+    """
+
+    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
+    n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
+    n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
+    learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
+    max_iters: int = setting("training steps", gpu=5000, cpu=3600)
+    eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
+    eval_iters: int = setting("most batches in a loss estimate", gpu=200, cpu=75, least=1)
+    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
+    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    dtype: str = setting(
+        "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
+    )
+    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
+    out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
+    resume: bool = setting("continue the newest run, or that in --out_dir", gpu=False, cpu=False)
+    sample_only: bool = setting("only sample, from its best weights", gpu=False, cpu=False)
+    temperature: float = setting("divides the logits; 0 is greedy", gpu=1.0, cpu=1.0)
+    top_k: int = setting("sample from the k most likely tokens; 0 is off", gpu=0, cpu=0)
+    top_p: float = setting("total probability to sample from; 1 is off", gpu=1.0, cpu=1.0, most=1)
+    repetition_penalty: float = setting("on used tokens; 1 is off", gpu=1.0, cpu=1.0, most=100)
+    num_samples: int = setting("samples, one after the other", gpu=1, cpu=1, least=1)
+    prompt_file: str = setting("text file with the prompt, instead of --prompt", gpu="", cpu="")
+    stop: str = setting("end a sample before this text", gpu="", cpu="")
+
+
+# The settings that determine the shapes of the weights.
+SIZES = ["block_size", "n_embd", "n_head", "n_layer"]
+
+
+def choose_dtype(cfg: Config) -> torch.dtype:
+    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+
+    Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
+    """
+    supported = data.supports_bfloat16(cfg.device)
+    if cfg.dtype == "bfloat16" and not supported:
+        why = f"the hardware of {cfg.device} doesn't support it; use --dtype float32"
+        raise data.InputError(f"--dtype bfloat16: {why}")
+    if cfg.dtype == "auto" and supported:
+        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 256
+        return torch.float32 if is_narrow else torch.bfloat16
+    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+
+
+def autocast(cfg: Config) -> torch.autocast:
+    """A context in which matmuls run in the dtype of choose_dtype; all else stays in float32."""
+    device_type = torch.device(cfg.device).type
+    enabled = choose_dtype(cfg) == torch.bfloat16
+    return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
+
+
+class KVCache:
+    """The keys and values of the tokens that one layer has processed, with room for more."""
+
+    def __init__(self, cfg: Config, batch_size: int, dtype: torch.dtype) -> None:
+        size = (batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.keys = torch.empty(size, dtype=dtype, device=cfg.device)  # size
+        self.values = torch.empty(size, dtype=dtype, device=cfg.device)  # size
+        self.length = 0  # the number of tokens in the cache
+
+    def append(
+        self, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens so far."""
+        end = self.length + key.shape[2]
+        self.keys[:, :, self.length : end] = key
+        self.values[:, :, self.length : end] = value
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]  # (B, n_head, end, head_size) each
+
+
+class MultiHeadAttention(nn.Module):
+    """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
+
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
+    n_embd.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        if cfg.n_embd % cfg.n_head != 0:
+            raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
+        self.n_head = cfg.n_head
+        self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        B, T, n_embd = x.shape
+        query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
+        # Cut the last dimension into heads, and put the heads next to the batch: attention works on
+        # the last two dimensions and treats those before them alike.
+        query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        dropout_p = self.dropout.p if self.training else 0.0
+        n_old = cache.length if cache else 0  # tokens before those in x
+        if cache is not None:
+            key, value = cache.append(key, value)  # (B, n_head, n_old + T, head_size) each
+        mask = None
+        if n_old > 0 and T > 1:
+            # Query i may look at n_old + i + 1 keys; with is_causal, it would see the first i + 1.
+            ones = torch.ones(T, n_old + T, dtype=torch.bool, device=x.device)  # (T, n_old + T)
+            mask = ones.tril(diagonal=n_old)  # (T, n_old + T)
+        x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
+            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=n_old == 0
+        )
+        x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
+        return self.dropout(self.projection(x))  # (B, T, n_embd)
+
+
+class FeedForward(nn.Module):
+    """A two-layer network applied to each position separately (Vaswani et al. 2017, section 3.3).
+
+    Maps float (B, T, n_embd) to the same shape.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.expansion = nn.Linear(cfg.n_embd, 4 * cfg.n_embd)
+        self.projection = nn.Linear(4 * cfg.n_embd, cfg.n_embd)
+        self.dropout = nn.Dropout(cfg.dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.expansion(x))  # (B, T, 4 * n_embd)
+        return self.dropout(self.projection(x))  # (B, T, n_embd)
+
+
+class Block(nn.Module):
+    """Attention, then a feed-forward network, each with LayerNorm on its input.
+
+    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
+    """
+
+    def __init__(self, cfg: Config) -> None:
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.attention = MultiHeadAttention(cfg)
+        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.feed_forward = FeedForward(cfg)
+
+    def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        # Residual connections: each part adds to x instead of replacing it.
+        x = x + self.attention(self.ln_1(x), cache)  # (B, T, n_embd)
+        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        return x
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next token at every position of a window."""
+
+    def __init__(self, cfg: Config, vocab_size: int) -> None:
+        super().__init__()
+        self.cfg = cfg  # says how to choose tokens
+        self.block_size = cfg.block_size
+        self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
+        self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
+        self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
+        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
+        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # weights have one dimension, so they keep PyTorch's initial value, 1.
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None,
+        caches: list[KVCache] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+
+        idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
+        caches: one for each block, with the tokens before idx.
+        """
+        n_old = caches[0].length if caches else 0
+        positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
+        x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i] if caches else None)  # (B, T, n_embd)
+        # Each block has added to x, so normalise the sum before the last layer reads it.
+        x = self.ln_f(x)  # (B, T, n_embd)
+        logits = self.lm_head(x)  # (B, T, V)
+        if targets is None:
+            return logits, None
+        # cross_entropy expects the V logits of a prediction in dimension 1; here they are in
+        # dimension 2. Each position of each window is a prediction, so make them B * T rows.
+        rows = logits.flatten(0, 1)  # (B * T, V)
+        loss = F.cross_entropy(rows, targets.flatten())  # ()
+        return logits, loss
+
+    @torch.no_grad()
+    def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
+        """Yield the tokens after idx, int64 (B, T), as they are chosen: int64 (B, 1) each."""
+        dtype = self.lm_head.weight.dtype
+        caches = [KVCache(self.cfg, len(idx), dtype) for _ in self.blocks]
+        context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+        for _ in range(max_new_tokens):
+            if caches[0].length == self.block_size:
+                # The caches are full: begin again with the last half of the text.
+                caches = [KVCache(self.cfg, len(idx), dtype) for _ in self.blocks]
+                half = (self.block_size + 1) // 2
+                context = idx[:, -half:]  # (B, half)
+            logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
+            # Only the last position predicts a token that isn't there yet.
+            next_token = choose_token(logits[:, -1].float(), idx, self.cfg)  # (B, 1)
+            idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
+            context = next_token  # (B, 1), because the caches have the rest
+            yield next_token
+
+    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
+        return torch.cat([idx, *self.stream(idx, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
+
+
+def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
+    """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
+    used = logits.gather(1, idx)  # (B, T)
+    used = torch.where(used > 0, used / r, used * r)  # (B, T)
+    return logits.scatter(1, idx, used)  # (B, V)
+
+
+def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
+    """Set all but the k largest logits, float (B, V), to -inf."""
+    largest, _ = logits.topk(min(k, logits.shape[1]))  # (B, min(k, V))
+    return logits.masked_fill(logits < largest[:, -1:], -math.inf)  # (B, V)
+
+
+def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
+    """Set the logits, float (B, V), of the least likely tokens to -inf, 1 - p in all."""
+    ascending, order = logits.sort(dim=1)  # (B, V) each
+    drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
+    drop[:, -1] = False  # the most likely token stays, whatever p is
+    drop = drop.scatter(1, order, drop)  # (B, V)
+    return logits.masked_fill(drop, -math.inf)  # (B, V)
+
+
+def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
+    """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
+    if cfg.repetition_penalty not in (0, 1):
+        logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
+    if cfg.temperature < 1e-6:  # too small to divide by
+        return logits.argmax(dim=1, keepdim=True)  # (B, 1)
+    logits = logits / cfg.temperature  # (B, V)
+    if cfg.top_k > 0:
+        logits = apply_top_k(logits, cfg.top_k)  # (B, V)
+    if cfg.top_p not in (0, 1):
+        logits = apply_top_p(logits, cfg.top_p)  # (B, V)
+    probabilities = F.softmax(logits, dim=-1)  # (B, V)
+    return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+
+
+def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
+    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    if cfg.device.startswith("cuda"):
+        # From pinned memory the GPU fetches the data itself, while both it and Python go on.
+        x, y = x.pin_memory(), y.pin_memory()  # (B, T) each
+    x = x.to(cfg.device, non_blocking=True)  # (B, T)
+    y = y.to(cfg.device, non_blocking=True)  # (B, T)
+    return x, y
+
+
+@torch.no_grad()
+def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
+    """Return the mean loss in nats over the same windows each time, so that losses compare.
+
+    The windows lie side by side and cover a small split. Of a larger one, they are a sample of
+    eval_iters batches, evenly spread.
+    """
+    model.eval()  # switches off dropout, which v5 introduces
+    n_windows = (len(tokens) - 1) // cfg.block_size
+    n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
+    chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
+    starts = chosen * cfg.block_size  # (n_chosen,)
+    total = 0.0
+    for i in range(0, n_chosen, cfg.batch_size):
+        if data.stop_requested():
+            raise KeyboardInterrupt
+        batch = starts[i : i + cfg.batch_size]
+        x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
+        with autocast(cfg):
+            _, loss = model(x, y)  # ()
+        total += loss.item() * len(batch)  # the last batch may be smaller
+    model.train()
+    return total / n_chosen
+
+
+def make_optimizer(model: LanguageModel, cfg: Config) -> torch.optim.AdamW:
+    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019) of matrices and embeddings."""
+    matrices = [p for p in model.parameters() if p.ndim == 2]
+    vectors = [p for p in model.parameters() if p.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": cfg.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)
+
+
+def learning_rate_at(step: int, cfg: Config) -> float:
+    """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
+    if step < cfg.warmup_iters:
+        return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    progress = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)  # 0 to 1
+    return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
+
+
+def shorten_warmup(cfg: Config) -> Config:
+    """Return the settings, with a warm-up of a tenth of the run if it would take up most of it."""
+    if cfg.warmup_iters <= cfg.max_iters // 2:
+        return cfg
+    n = cfg.max_iters // 10
+    why = f"{cfg.warmup_iters} steps are most of a run of {cfg.max_iters}; using {n}"
+    print(f"notice: --warmup_iters: {why}", file=sys.stderr)
+    return replace(cfg, warmup_iters=n)
+
+
+def save_checkpoint(
+    name: str, model: LanguageModel, optimizer: torch.optim.AdamW, step: int, log: list[dict],
+    run: dict | None,
+) -> None:
+    """Write the state between two steps to the folder of the run; without a run, do nothing."""
+    if run is None:
+        return
+    state = {
+        **run,  # the folder, the script and its settings, the tokenizer, the text
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict()["state"],
+        "step": step,
+        "random_state": torch.get_rng_state(),
+        "log": log,
+    }
+    data.write_checkpoint(state, Path(run["folder"], name))
+
+
+def wait_for(device: str) -> None:
+    """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
+    torch.get_device_module(device).synchronize()
+
+
+def train(
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
+    run: dict | None = None, state: dict | None = None,
+) -> list[tuple[int, float, float]]:
+    """Train the model; return the history as (step, train loss, validation loss), in nats.
+
+    Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
+    without it, nothing is saved. state: the checkpoint to go on from.
+    """
+    data.keep_freed_memory()
+    cfg = shorten_warmup(cfg)
+    optimizer = make_optimizer(model, cfg)
+    if cfg.compile:
+        data.check_compiler(cfg.device)
+    compiled_model = torch.compile(model) if cfg.compile else model
+    history = []
+    first_step, log = 0, []
+    if state is not None:
+        data.load_averages(optimizer, state)
+        torch.set_rng_state(state["random_state"])
+        first_step = state["step"]
+        log = [entry for entry in state["log"] if entry["step"] < first_step]
+    warming_up = True
+    clock_step, clock_start = 0, time.perf_counter()
+    with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
+        for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
+            stop = data.stop_requested()
+            # Save before estimating, which takes a while and which Ctrl-C may interrupt.
+            if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                save_checkpoint("latest.pt", model, optimizer, step, log, run)
+            if stop:
+                raise KeyboardInterrupt
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                speed = 0.0  # tokens/s, unknown before the second step
+                if not warming_up and step > clock_step:
+                    wait_for(cfg.device)
+                    seconds = time.perf_counter() - clock_start
+                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
+                history.append((step, train_loss, val_loss))
+                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                if speed > 0:
+                    report += f", {speed:,.0f} tokens/s"
+                tqdm.write(report)
+                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+                    raise data.InputError("the loss is not finite; try a smaller --learning_rate")
+                is_best = all(val_loss < entry["val_loss"] for entry in log)
+                losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
+                log.append({**losses, "tokens_per_second": speed})
+                if is_best:
+                    save_checkpoint("best.pt", model, optimizer, step, log, run)
+                if run is not None:
+                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                clock_step, clock_start = step, time.perf_counter()
+            if step == cfg.max_iters:
+                break
+
+            x, y = get_batch(train_data, cfg)  # (B, T) each
+            with autocast(cfg):
+                _, loss = compiled_model(x, y)  # ()
+            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, cfg)
+            optimizer.step()
+            bar.update()
+            if warming_up:  # the first step compiles the model, so the clock starts after it
+                wait_for(cfg.device)
+                clock_step, clock_start = step + 1, time.perf_counter()
+                warming_up = False
+    return history
+
+
+def stream_text(
+    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
+) -> Iterator[str]:
+    """Yield the text of tokens, (1, 1) each, as soon as it is certain that stop isn't in it.
+
+    The text ends before stop; an empty stop never comes.
+    """
+    n_waiting = len(stop) - 1 if stop else 0
+    text = ""  # what hasn't been yielded yet
+    for token in tokens:
+        text += tokenizer.decode([token.item()])
+        if stop and stop in text:
+            yield text[: text.index(stop)]
+            return
+        # The last characters may be the beginning of stop, so they wait for the next token.
+        n_certain = max(0, len(text) - n_waiting)
+        yield text[:n_certain]
+        text = text[n_certain:]
+    yield text
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train a model, then print a sample. argv: the flags, by default those of the command line."""
+    with data.command_line():
+        cfg = data.read_flags(Config, __doc__, argv)
+        state = None
+        if cfg.resume or cfg.sample_only:
+            state = data.find_checkpoint(cfg)
+            cfg = data.read_flags(Config, __doc__, argv, state["config"], SIZES)
+        torch.manual_seed(cfg.seed)
+
+        text = state["characters"] if cfg.sample_only else data.load_text(cfg.data)
+        tokenizer = data.CharTokenizer(state["characters"] if state else text)
+        start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
+        flag = "--prompt"
+        if cfg.prompt_file:
+            flag = "--prompt_file"
+            start = data.load_text(Path(cfg.prompt_file), flag)
+        prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
+        tokenizer.encode(cfg.stop, "--stop")  # refuses a text that could never come
+
+        model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
+        n_parameters = sum(p.numel() for p in model.parameters())
+        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+        if state is not None:
+            data.load_weights(model, state)
+        if not cfg.sample_only:
+            run = data.describe_run(cfg, __file__, tokenizer, text, state)
+            train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+            sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
+            print(f"tokens: {sizes}", file=sys.stderr)
+            with data.running(run):
+                train(model, train_data, val_data, cfg, run, state)
+            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
+            data.load_weights(model, state)
+            val_loss = state["log"][-1]["val_loss"]
+            bits = val_loss / math.log(2)
+            units = f"perplexity {math.exp(val_loss):.2f}, {bits:.3f} bits per character"
+            print(f"validation loss {val_loss:.4f} nats per character, {units}")
+
+        print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
+        torch.manual_seed(cfg.seed)
+        model.eval()
+        model.to(choose_dtype(cfg))
+        for i in range(cfg.num_samples):
+            if i > 0:
+                print("---")
+            print(start, end="", flush=True)
+            tokens = model.stream(prompt, cfg.max_new_tokens)
+            for text in stream_text(tokens, tokenizer, cfg.stop):
+                print(text, end="", flush=True)
+            print()
+
+
+if __name__ == "__main__":
+    main()
