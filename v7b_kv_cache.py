@@ -110,8 +110,10 @@ class KVCache:
 
     def __init__(self, cfg: Config, batch_size: int, dtype: torch.dtype) -> None:
         size = (batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.keys = torch.empty(size, dtype=dtype, device=cfg.device)  # size
-        self.values = torch.empty(size, dtype=dtype, device=cfg.device)  # size
+        self.keys = torch.empty(  # (B, n_head, block_size, head_size)
+            size, dtype=dtype, device=cfg.device
+        )
+        self.values = torch.empty_like(self.keys)  # (B, n_head, block_size, head_size)
         self.length = 0  # the number of tokens in the cache
 
     def append(

@@ -2,8 +2,8 @@
 
 Each script gets the same text, a model of the same size and the same number of training tokens:
 max_iters batches of batch_size windows of block_size tokens. The learning rate and the rest of the
-recipe have the script's own defaults, unless a flag sets them for all scripts. A script that doesn't
-have a setting goes without it.
+recipe have the script's own defaults, unless a flag sets them for all scripts. A script that
+doesn't have a setting goes without it.
 
 Run it:   python lab/compare.py
           python lab/compare.py --scripts v4_feedforward,v5_gpt --data python --prompt "def "

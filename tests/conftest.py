@@ -29,7 +29,6 @@ TINY = {
     "eval_iters": 2,
     "device": "cpu",
     "max_new_tokens": 7,
-    "out_dir": OUT.name,
     "tokenizer": "char",
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
@@ -44,9 +43,10 @@ def tiny(script, **changes):
 
 
 def tiny_flags(script, **changes):
-    """The tiny settings of a script as a command line."""
+    """The tiny settings of a script as a command line, with a new folder for a run."""
     names = {field.name for field in dataclasses.fields(script.Config)}
-    values = {name: value for name, value in (TINY | changes).items() if name in names}
+    folder = {"out_dir": tempfile.mkdtemp(dir=OUT.name)}
+    values = {name: value for name, value in (TINY | folder | changes).items() if name in names}
     return [word for name, value in values.items() for word in (f"--{name}", str(value))]
 
 
@@ -71,7 +71,7 @@ def random_tokens(*shape: int) -> torch.Tensor:
 def losses_and_sample(output: str) -> str:
     """What every script prints, without what later ones add about speed and the whole split."""
     output = re.sub(r", [\d,]+ tokens/s$", "", output, flags=re.MULTILINE)
-    more = r"^(model FLOPs utilisation: \d+%|whole validation split: .*)\n"
+    more = r"^(validation loss .*|model FLOPs utilisation: \d+%|whole validation split: .*)\n"
     return re.sub(more, "", output, flags=re.MULTILINE)
 
 

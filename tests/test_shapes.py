@@ -35,6 +35,13 @@ def statements(text: str) -> dict[int, ast.stmt]:
     return {line: n for n in nodes for line in range(n.lineno, n.end_lineno + 1)}
 
 
+class LikeCuda(str):
+    """The name of the CPU, which a script takes for that of a GPU."""
+
+    def startswith(self, prefix):
+        return prefix == "cuda"
+
+
 class ShapeTracer:
     """Checks, line by line as one file runs, that what a line made has the shape it claims."""
 
@@ -74,9 +81,15 @@ class ShapeTracer:
             if isinstance(names.get(name), torch.Tensor):
                 known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
                 break
+        if "key" in names and "x" not in names:  # KVCache.append
+            known["B"] = names["key"].shape[0]
+        if "batch_size" in names:
+            known["B"] = names["batch_size"]
         attributes = vars(names["self"]) if "self" in names else {}
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
+        if "context" in names:
+            known["context"] = names["context"]
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
         return known
@@ -116,6 +129,7 @@ def run_traced(path, run) -> ShapeTracer:
 def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
     script = importlib.import_module(name)
     flags = [*tiny_flags(script, prompt="The q"), "--data", str(corpus)]
+    sizes = tiny(script)
     ranks = {character.encode(): i for i, character in enumerate(sorted(set(TEXT)))}
     encoding = tiktoken.Encoding("", pat_str=".", mergeable_ranks=ranks, special_tokens={})
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)  # V tokens
@@ -127,11 +141,20 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             more = ["--temperature", "0.9", "--top_k", "9", "--top_p", "0.9"]
             script.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
             script.main([*flags, "--sample_only", "--temperature", "0"])
-            script.LanguageModel(tiny(script), VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
+            script.LanguageModel(sizes, VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
+        if hasattr(script, "KVCache"):  # several tokens after others
+            model = script.LanguageModel(sizes, VOCAB_SIZE)
+            caches = [script.KVCache(sizes, 2, torch.float32) for _ in model.blocks]
+            model(torch.zeros(2, 2).long(), caches=caches)
+            model(torch.zeros(2, 3).long(), caches=caches)
         if hasattr(script, "read_settings"):
             tokens = ["--tokenizer", "gpt2", "--data", str(tmp_path / "tokens.bin")]
             script.main([*flags, *tokens, "--norm", "post"])
-        if hasattr(script, "get_batch"):  # its way for tokens that are on the device
+        if hasattr(script, "autocast"):
+            monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs no GPU
+            ids = np.zeros(50, dtype=np.uint16)
+            script.get_batch(ids, tiny(script, device=LikeCuda("cpu")))
+        if name == "v9_gpt2":  # its way for tokens that are on the device
             script.get_batch(torch.zeros(50, dtype=torch.int32), tiny(script))
 
     tracer = run_traced(script.__file__, run)
