@@ -64,7 +64,7 @@ class Config:
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
     compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
-    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
     resume: bool = setting("continue the newest run, or that in --out_dir", gpu=False, cpu=False)

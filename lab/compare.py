@@ -16,7 +16,7 @@ import json
 import platform
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +50,11 @@ class Config(v7b_kv_cache.Config):
     out: str = setting("folder for compare.md and compare.png", gpu="lab/out", cpu="lab/out")
 
 
-# The recipe of a script, which keeps its own defaults.
-RECIPE = ["learning_rate", "weight_decay", "warmup_iters", "eval_iters"]
+# The settings that are the same for all scripts. The others have each script's own defaults.
+SHARED = [
+    "batch_size", "block_size", "n_embd", "n_head", "n_layer", "dropout", "max_iters",
+    "eval_interval", "seed", "device", "data", "prompt", "max_new_tokens", "dtype", "compile",
+]
 
 
 @dataclass
@@ -67,10 +70,10 @@ class Result:
 
 
 def config_of(name: str, cfg: Config, given: dict[str, Any]) -> Any:
-    """A script's Config with the sizes of cfg and the flags that were given, if it has them."""
-    values = {key: value for key, value in asdict(cfg).items() if key not in RECIPE}
+    """A script's Config with the shared settings and the given flags, as far as it has them."""
+    shared = {key: getattr(cfg, key) for key in SHARED}
     script = importlib.import_module(name)
-    return data.read_flags(script.Config, "", [], saved={**values, **given})
+    return data.read_flags(script.Config, "", [], saved={**shared, **given})
 
 
 def train_script(
@@ -105,8 +108,7 @@ def table(results: list[Result], cfg: Config) -> str:
     tokens = cfg.max_iters * cfg.batch_size * cfg.block_size
     on_gpu = cfg.device.startswith("cuda")
     machine = torch.cuda.get_device_name(cfg.device) if on_gpu else platform.machine()
-    others = ["scripts", "logs", "out", "out_dir", "resume", "sample_only", *RECIPE]
-    settings = ", ".join(f"{k} {v!r}" for k, v in asdict(cfg).items() if k not in others)
+    settings = ", ".join(f"{key} {getattr(cfg, key)!r}" for key in SHARED)
     lines = [
         f"Each script trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats; the "

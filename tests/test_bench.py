@@ -9,9 +9,10 @@ import torch
 from conftest import TEXT
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-import v6_fast
+import v2_single_head
+import v6b_fast
 from lab import bench
-from lab.ladder import ROOT, SCRIPTS
+from lab.ladder import ROOT
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
 FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
@@ -22,7 +23,7 @@ def config(**changes):
     return bench.Config(**SHAPE | {"device": "cpu", "steps": 2, "compile": False} | changes)
 
 
-@pytest.mark.parametrize("name", [*SCRIPTS[1:], "transformers"])
+@pytest.mark.parametrize("name", bench.MODELS)
 def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
     """On a clock that goes on by a second for each step of an optimizer, and by no other time."""
     now = [0.0]
@@ -38,22 +39,42 @@ def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
     steps = []
     hook = register_optimizer_step_post_hook(step_takes_a_second)
     monkeypatch.setattr(bench.time, "perf_counter", clock)
-    monkeypatch.setattr(v6_fast, "utilisation", lambda model, speed, cfg: cfg.n_layer)
+    monkeypatch.setattr(bench, "flops_per_token", lambda model, name, cfg: 100.0)
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1000.0)
     turn = bench.take_turn(name, config())
     hook.remove()
     assert len(steps) == 3
     assert turn.tokens_per_second == pytest.approx(3 * 8 * 2 / 2, rel=1e-3)
     assert turn.dtype == "float32"
-    assert turn.utilisation == (1 if name in SCRIPTS[1:4] else 2)  # layers in the FLOPs
+    assert turn.utilisation == pytest.approx(turn.tokens_per_second * 100 / 1000)
+
+
+def test_flops_are_counted_as_the_paper_does():
+    cfg = bench.Config(device="cpu", compile=False)  # full size
+    with torch.device("meta"):
+        model = v6b_fast.LanguageModel(bench.config_of(v6b_fast, cfg), 65)
+        single_head = v2_single_head.LanguageModel(bench.config_of(v2_single_head, cfg), 65)
+    n_weights = 6 * 12 * 384**2 + 384 * 65
+    expected = 6 * n_weights + 12 * 6 * 384 * 256
+    assert bench.flops_per_token(model, "v6b_fast", cfg) == expected
+    assert bench.flops_per_token(None, "transformers", cfg) == expected
+    expected = 6 * (3 * 384**2 + 384 * 65) + 12 * 384 * 256
+    assert bench.flops_per_token(single_head, "v2_single_head", cfg) == expected
+
+
+def test_the_matmul_rate_is_that_of_the_fastest(monkeypatch):
+    times = iter([0, 2.0, 10, 11.0, 20, 23.0, 30, 34.0, 40, 45.0])
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    assert bench.matmul_rate("float32", "cpu") == 2 * 1024**3 / 1.0
 
 
 def test_the_reference_has_the_shape_of_the_scripts():
-    model = bench.Reference(v6_fast.Config(**SHAPE, dropout=0.0), 65)
+    model = bench.Reference(v6b_fast.Config(**SHAPE, dropout=0.0), 65)
     ids = torch.zeros(3, 8, dtype=torch.int64)
     logits, loss = model(ids, ids)
     assert logits.shape == (3, 8, 65)
     assert loss.shape == ()
-    ours = v6_fast.LanguageModel(v6_fast.Config(**SHAPE, device="cpu"), 65)
+    ours = v6b_fast.LanguageModel(v6b_fast.Config(**SHAPE, device="cpu"), 65)
     # GPT-2 has a bias for queries, keys and values, and no weights of its own in the output layer
     more = 2 * 3 * 24 - 65 * 24 - 65
     count = sum(p.numel() for p in ours.parameters()) + more
@@ -67,23 +88,23 @@ def test_the_table_has_medians_and_ratios():
 
     turns = {
         "v5_gpt": [turn(100.0, 1.0), turn(900.0, 2.0), turn(200.0, 2.5)],
-        "v6_fast": [turn(500.0, 0.75), turn(400.0, 1.0), turn(1.0, 1.25)],
+        "v6b_fast": [turn(500.0, 0.75), turn(400.0, 1.0), turn(1.0, 1.25)],
     }
     rows = bench.table(turns, config()).splitlines()[-2:]
     assert rows == [
         "| `v5_gpt` | float32 | 200 | 100 to 900 | 1.00 | 20% | 2.00 GB |",
-        "| `v6_fast` | float32 | 400 | 1 to 500 | 2.00 | 40% | 0.75 GB |",
+        "| `v6b_fast` | float32 | 400 | 1 to 500 | 2.00 | 40% | 0.75 GB |",
     ]
     del turns["v5_gpt"]
-    turns["v6_fast"][-1].gb_after = None  # as on Windows
+    turns["v6b_fast"][-1].gb_after = None  # as on Windows
     row = bench.table(turns, config()).splitlines()[-1]
-    assert row == "| `v6_fast` | float32 | 400 | 1 to 500 | - | 40% | - |"
+    assert row == "| `v6b_fast` | float32 | 400 | 1 to 500 | - | 40% | - |"
 
 
 def test_a_run_writes_what_it_prints(tmp_path):
     out = tmp_path / "new" / "out"
     command = [sys.executable, "lab/bench.py", *FLAGS, "--models", "v5_gpt, v5_gpt"]
-    command += ["--writers", "v8_sampling"]
+    command += ["--writers", "v7b_kv_cache"]
     done = subprocess.run(
         [*command, "--out", str(out)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100
     )
@@ -91,7 +112,7 @@ def test_a_run_writes_what_it_prints(tmp_path):
     written = (out / "bench.md").read_text(encoding="utf-8")
     assert written in done.stdout
     rows = [row for row in written.splitlines() if "`" in row]
-    starts = ["| `v5_gpt` | float32 | ", "| 1 | `v8_sampling` | ", "| 16 | `v8_sampling` | "]
+    starts = ["| `v5_gpt` | float32 | ", "| 1 | `v7b_kv_cache` | ", "| 16 | `v7b_kv_cache` | "]
     assert len(rows) == 3
     assert all(row.startswith(start) for row, start in zip(rows, starts, strict=True))
     assert "3/3" in done.stderr
@@ -106,7 +127,7 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
         now[0] += 1
         return now[0]
 
-    script = v6_fast if name == "transformers" else importlib.import_module(name)
+    script = v6b_fast if name == "transformers" else importlib.import_module(name)
     make = bench.Reference if name == "transformers" else script.LanguageModel
     real = make.generate
 
@@ -124,15 +145,15 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
 
 def test_the_table_of_writing_has_medians_and_ratios():
     turns = {
-        (1, "v7_training"): [(10.0, "bfloat16"), (30.0, "bfloat16"), (20.0, "bfloat16")],
-        (1, "v8_sampling"): [(140.0, "float32"), (100.0, "float32"), (110.0, "float32")],
+        (1, "v7a_sampling"): [(10.0, "bfloat16"), (30.0, "bfloat16"), (20.0, "bfloat16")],
+        (1, "v7b_kv_cache"): [(140.0, "float32"), (100.0, "float32"), (110.0, "float32")],
     }
     rows = bench.write_table(turns, config()).splitlines()[-2:]
     assert rows == [
-        "| 1 | `v7_training` | bfloat16 | 20 | 10 to 30 | 1.00 |",
-        "| 1 | `v8_sampling` | float32 | 110 | 100 to 140 | 5.50 |",
+        "| 1 | `v7a_sampling` | bfloat16 | 20 | 10 to 30 | 1.00 |",
+        "| 1 | `v7b_kv_cache` | float32 | 110 | 100 to 140 | 5.50 |",
     ]
-    del turns[1, "v7_training"]
+    del turns[1, "v7a_sampling"]
     assert bench.write_table(turns, config()).splitlines()[-1].endswith(" | - |")
 
 
@@ -140,7 +161,7 @@ def test_the_table_of_writing_has_medians_and_ratios():
     ("flags", "said"),
     [
         (["--models", "v5_gpt,v99"], "v99"),
-        (["--writers", "v6_fast"], "v6_fast"),
+        (["--writers", "v6b_fast"], "v6b_fast"),
         (["--models", ",", "--writers", ""], "both empty"),
         (["--block_size", "20000"], "--block_size 20000"),
         (["--dtype", "half"], "--dtype: invalid choice: 'half'"),
@@ -154,7 +175,7 @@ def test_bad_flags(tmp_path, capsys, flags, said):
     blocked.write_text(TEXT, encoding="utf-8")
     flags = [str(blocked) if flag == "FILE" else flag for flag in flags]
     with pytest.raises(SystemExit) as stop:
-        bench.main([*FLAGS, "--models", "v6_fast", "--out", str(tmp_path / "out"), *flags])
+        bench.main([*FLAGS, "--models", "v6b_fast", "--out", str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
     out, err = capsys.readouterr()
     assert out == ""
