@@ -14,11 +14,11 @@ Each run has a folder in out/, and every checkpoint holds the settings and the v
 
 A file is replaced once the new one is complete, so a crash or a full disk can't harm the old one.
 
-New here: Run, --out_dir, --resume, --sample_only.
+New here: save_checkpoint, --out_dir, --resume, --sample_only, Ctrl-C that saves.
 Run it:   python v6d_checkpoints.py
           python v6d_checkpoints.py --resume
           python v6d_checkpoints.py --sample_only --prompt "ROMEO:"
-Expect:   a validation loss of about 1.60 with the CPU defaults, as in v6c_recipe.py.
+Expect:   a validation loss of about 1.59 with the CPU defaults, as in v6c_recipe.py.
 Diff:     git diff --no-index v6c_recipe.py v6d_checkpoints.py
 """
 
