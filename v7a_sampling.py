@@ -1,19 +1,20 @@
 """v7a_sampling.py: choose the next token with care, and show the text while it is generated.
 
-So far, each token was sampled from softmax(logits). A small model gives thousands of unlikely
-tokens a little probability each, and sooner or later one of them spoils the text. Four settings
-change the logits first, in this order:
+So far, each token was sampled from softmax(logits). That gives every unlikely token a little
+probability, and over hundreds of tokens, some of them are sure to be picked and to spoil the text.
+Four settings change the logits before the softmax, in this order:
 
-    repetition_penalty r   makes tokens that the text already has less likely: logit / r if it is
-                           positive, logit * r if it is negative (Keskar et al. 2019)
-    temperature t          logits / t: below 1 sharper, above 1 flatter, 0 always the most likely
-    top_k k                sample from the k most likely tokens (Fan et al. 2018)
-    top_p p                sample from the fewest tokens whose probabilities add up to p
+    repetition_penalty r   makes tokens that the text already has less likely, if r is above 1
+                           (Keskar et al. 2019)
+    temperature t          logits / t: sharper below 1, flatter above 1
+    top_k k                keep only the k most likely tokens (Fan et al. 2018)
+    top_p p                keep only the most likely tokens, as few as add up to a probability of p
                            (Holtzman et al. 2020)
 
-A penalty, a top_k or a top_p of 0 is off, and so are a penalty and a top_p of 1.
+A temperature of 0 always takes the most likely token. Otherwise 0 switches a setting off, and so
+does a penalty or a top_p of 1.
 
-New here: choose_token and its four steps, LanguageModel.stream, stream_text, --num_samples,
+New here: choose_token and its filters, LanguageModel.stream, stream_text, --num_samples,
           --prompt_file, --stop.
 Run it:   python v7a_sampling.py --sample_only --prompt "ROMEO:" --temperature 0.8
           python v7a_sampling.py
@@ -73,7 +74,7 @@ class Config:
     temperature: float = setting("divides the logits; 0 is greedy", gpu=1.0, cpu=1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", gpu=0, cpu=0)
     top_p: float = setting("total probability to sample from; 1 is off", gpu=1.0, cpu=1.0, most=1)
-    repetition_penalty: float = setting("on used tokens; 1 is off", gpu=1.0, cpu=1.0, most=100)
+    repetition_penalty: float = setting("on tokens of the text; 1: off", gpu=1.0, cpu=1.0, most=100)
     num_samples: int = setting("samples, one after the other", gpu=1, cpu=1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", gpu="", cpu="")
     stop: str = setting("end a sample before this text", gpu="", cpu="")
@@ -181,7 +182,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
-        self.cfg = cfg  # says how to choose tokens
+        self.cfg = cfg  # choose_token reads its settings from it
         self.block_size = cfg.block_size
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
@@ -219,7 +220,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield the tokens after idx, int64 (B, T), as they are chosen: int64 (B, 1) each."""
+        """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
         for _ in range(max_new_tokens):
             # There are embeddings for block_size positions only, so older tokens drop out of view.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
@@ -231,44 +232,64 @@ class LanguageModel(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
+        new_tokens = list(self.stream(idx, max_new_tokens))
+        return torch.cat([idx, *new_tokens], dim=1)  # (B, T + max_new_tokens)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
     used = logits.gather(1, idx)  # (B, T)
-    used = torch.where(used > 0, used / r, used * r)  # (B, T)
-    return logits.scatter(1, idx, used)  # (B, V)
+    # Dividing a negative logit would raise it, so multiply.
+    lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
+    return logits.scatter(1, idx, lowered)  # (B, V)
 
 
 def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Set all but the k largest logits, float (B, V), to -inf."""
+    """Set the logits, float (B, V), that are below the k-th largest to -inf."""
     largest, _ = logits.topk(min(k, logits.shape[1]))  # (B, min(k, V))
     return logits.masked_fill(logits < largest[:, -1:], -math.inf)  # (B, V)
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set the logits, float (B, V), of the least likely tokens to -inf, 1 - p in all."""
+    """Set the logits, float (B, V), of the least likely tokens to -inf: at most 1 - p in all."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
     drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop[:, -1] = False  # the most likely token stays, whatever p is
+    # From sorted order back to the order of the tokens.
     drop = drop.scatter(1, order, drop)  # (B, V)
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
-    if cfg.repetition_penalty not in (0, 1):
+    if cfg.repetition_penalty >= 1e-6:  # a smaller number is as good as 0
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # too small to divide by
+    if cfg.temperature < 1e-6:
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
         logits = apply_top_k(logits, cfg.top_k)  # (B, V)
-    if cfg.top_p not in (0, 1):
+    if 0 < cfg.top_p < 1:
         logits = apply_top_p(logits, cfg.top_p)  # (B, V)
     probabilities = F.softmax(logits, dim=-1)  # (B, V)
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+
+
+def stream_text(
+    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
+) -> Iterator[str]:
+    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any."""
+    n_waiting = max(0, len(stop) - 1)  # so many last characters may be the beginning of stop
+    text = ""  # what hasn't been yielded yet
+    for token in tokens:
+        text += tokenizer.decode([token.item()])
+        if stop and stop in text:
+            yield text[: text.index(stop)]
+            return
+        n_ready = max(0, len(text) - n_waiting)
+        yield text[:n_ready]
+        text = text[n_ready:]
+    yield text
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -434,27 +455,6 @@ def train(
     return history
 
 
-def stream_text(
-    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
-) -> Iterator[str]:
-    """Yield the text of tokens, (1, 1) each, as soon as it is certain that stop isn't in it.
-
-    The text ends before stop; an empty stop never comes.
-    """
-    n_waiting = len(stop) - 1 if stop else 0
-    text = ""  # what hasn't been yielded yet
-    for token in tokens:
-        text += tokenizer.decode([token.item()])
-        if stop and stop in text:
-            yield text[: text.index(stop)]
-            return
-        # The last characters may be the beginning of stop, so they wait for the next token.
-        n_certain = max(0, len(text) - n_waiting)
-        yield text[:n_certain]
-        text = text[n_certain:]
-    yield text
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
@@ -472,8 +472,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.prompt_file:
             flag = "--prompt_file"
             start = data.load_text(Path(cfg.prompt_file), flag)
+            cfg = replace(cfg, prompt=start, prompt_file="")  # what a checkpoint should hold
         prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
-        tokenizer.encode(cfg.stop, "--stop")  # refuses a text that could never come
+        tokenizer.encode(cfg.stop, "--stop")  # refuse a stop that can't occur
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -502,8 +503,8 @@ def main(argv: list[str] | None = None) -> None:
                 print("---")
             print(start, end="", flush=True)
             tokens = model.stream(prompt, cfg.max_new_tokens)
-            for text in stream_text(tokens, tokenizer, cfg.stop):
-                print(text, end="", flush=True)
+            for piece in stream_text(tokens, tokenizer, cfg.stop):
+                print(piece, end="", flush=True)
             print()
 
 

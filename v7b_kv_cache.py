@@ -1,22 +1,22 @@
 """v7b_kv_cache.py: generate faster, by computing the keys and values of each token only once.
 
-To choose the next token, v7a processes the whole text again. But a token's keys and values depend
-only on the tokens before it, so while the text grows, those of the old tokens stay the same. Here,
-each layer keeps them in a cache. A step then processes a single token: it appends the token's own
-key and value, and compares its query with all keys so far (Pope et al. 2022).
+To choose the next token, v7a processes the whole text again. But the keys and values of a token
+depend only on itself and the tokens before it, so they stay the same while the text grows. Here,
+each layer keeps them in a cache. A step then processes a single token: it appends the token's key
+and value to the cache, and compares its query with all the keys (Pope et al. 2022).
 
-When the cache is full, the last half of the text is processed again from position 0 on, because
-the keys of a model with learned positions can't move to other positions. So a token is chosen by
-looking at block_size / 2 to block_size tokens, where v7a always looks at block_size.
+When the cache is full, the last half of the text is processed again from position 0 on, because the
+keys of a model with learned positions can't move to other positions. So each token is chosen from
+the last block_size / 2 to block_size tokens, where v7a always looks at block_size.
 
-Most of the time for a token now goes into reading all the weights once. So they are converted to
-the dtype of --dtype first: in bfloat16, there is half as much to read, but rounding may tip a close
-choice between two tokens. In float32, v7b writes what v7a writes.
+A step now has so little arithmetic that most of its time goes into reading the weights from memory.
+So they are converted to the dtype of --dtype first: in bfloat16, there is half as much to read.
 
 New here: KVCache, and the cache as an argument of the attention, the blocks and the model.
 Run it:   python v7b_kv_cache.py --sample_only --prompt "ROMEO:"
           python v7b_kv_cache.py
-Expect:   the losses of v7a_sampling.py, and its text while that fits into block_size.
+Expect:   the losses of v7a_sampling.py and, in float32, its text up to block_size tokens. In
+          bfloat16, rounding tips a close choice between two tokens now and then.
 Diff:     git diff --no-index v7a_sampling.py v7b_kv_cache.py
 """
 
@@ -72,7 +72,7 @@ class Config:
     temperature: float = setting("divides the logits; 0 is greedy", gpu=1.0, cpu=1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", gpu=0, cpu=0)
     top_p: float = setting("total probability to sample from; 1 is off", gpu=1.0, cpu=1.0, most=1)
-    repetition_penalty: float = setting("on used tokens; 1 is off", gpu=1.0, cpu=1.0, most=100)
+    repetition_penalty: float = setting("on tokens of the text; 1: off", gpu=1.0, cpu=1.0, most=100)
     num_samples: int = setting("samples, one after the other", gpu=1, cpu=1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", gpu="", cpu="")
     stop: str = setting("end a sample before this text", gpu="", cpu="")
@@ -108,10 +108,11 @@ def autocast(cfg: Config) -> torch.autocast:
 class KVCache:
     """The keys and values of the tokens that one layer has processed, with room for more."""
 
-    def __init__(self, cfg: Config, batch_size: int, dtype: torch.dtype) -> None:
-        size = (batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
-        self.keys = torch.empty(  # (B, n_head, block_size, head_size)
-            size, dtype=dtype, device=cfg.device
+    def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
+        """Make room for block_size tokens, with the dtype and on the device of weight."""
+        head_size = cfg.n_embd // cfg.n_head
+        self.keys = weight.new_empty(  # (B, n_head, block_size, head_size)
+            batch_size, cfg.n_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_head, block_size, head_size)
         self.length = 0  # the number of tokens in the cache
@@ -152,12 +153,14 @@ class MultiHeadAttention(nn.Module):
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         dropout_p = self.dropout.p if self.training else 0.0
-        n_old = cache.length if cache else 0  # tokens before those in x
+        n_old = 0  # the number of tokens before those in x
         if cache is not None:
+            n_old = cache.length
             key, value = cache.append(key, value)  # (B, n_head, n_old + T, head_size) each
         mask = None
         if n_old > 0 and T > 1:
-            # Query i may look at n_old + i + 1 keys; with is_causal, it would see the first i + 1.
+            # Query i may look at n_old + i + 1 keys, but is_causal would show it the first i + 1.
+            # A single query may look at all of them, and needs no mask.
             ones = torch.ones(T, n_old + T, dtype=torch.bool, device=x.device)  # (T, n_old + T)
             mask = ones.tril(diagonal=n_old)  # (T, n_old + T)
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
@@ -210,7 +213,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
-        self.cfg = cfg  # says how to choose tokens
+        self.cfg = cfg  # choose_token reads its settings from it
         self.block_size = cfg.block_size
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
@@ -234,11 +237,12 @@ class LanguageModel(nn.Module):
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block, with the tokens before idx.
         """
-        n_old = caches[0].length if caches else 0
+        n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None)  # (B, T, n_embd)
+            cache = None if caches is None else caches[i]
+            x = block(x, cache)  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
         x = self.ln_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
@@ -250,16 +254,19 @@ class LanguageModel(nn.Module):
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
+    def make_caches(self, batch_size: int) -> list[KVCache]:
+        """Return an empty cache for each block."""
+        return [KVCache(self.cfg, batch_size, self.lm_head.weight) for _ in self.blocks]
+
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
-        """Yield the tokens after idx, int64 (B, T), as they are chosen: int64 (B, 1) each."""
-        dtype = self.lm_head.weight.dtype
-        caches = [KVCache(self.cfg, len(idx), dtype) for _ in self.blocks]
+        """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
+        caches = self.make_caches(len(idx))
         context = idx[:, -self.block_size :]  # (B, min(T, block_size))
         for _ in range(max_new_tokens):
             if caches[0].length == self.block_size:
                 # The caches are full: begin again with the last half of the text.
-                caches = [KVCache(self.cfg, len(idx), dtype) for _ in self.blocks]
+                caches = self.make_caches(len(idx))
                 half = (self.block_size + 1) // 2
                 context = idx[:, -half:]  # (B, half)
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
@@ -271,44 +278,64 @@ class LanguageModel(nn.Module):
 
     def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
         """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
-        return torch.cat([idx, *self.stream(idx, max_new_tokens)], dim=1)  # (B, T + max_new_tokens)
+        new_tokens = list(self.stream(idx, max_new_tokens))
+        return torch.cat([idx, *new_tokens], dim=1)  # (B, T + max_new_tokens)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
     used = logits.gather(1, idx)  # (B, T)
-    used = torch.where(used > 0, used / r, used * r)  # (B, T)
-    return logits.scatter(1, idx, used)  # (B, V)
+    # Dividing a negative logit would raise it, so multiply.
+    lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
+    return logits.scatter(1, idx, lowered)  # (B, V)
 
 
 def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
-    """Set all but the k largest logits, float (B, V), to -inf."""
+    """Set the logits, float (B, V), that are below the k-th largest to -inf."""
     largest, _ = logits.topk(min(k, logits.shape[1]))  # (B, min(k, V))
     return logits.masked_fill(logits < largest[:, -1:], -math.inf)  # (B, V)
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set the logits, float (B, V), of the least likely tokens to -inf, 1 - p in all."""
+    """Set the logits, float (B, V), of the least likely tokens to -inf: at most 1 - p in all."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
     drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop[:, -1] = False  # the most likely token stays, whatever p is
+    # From sorted order back to the order of the tokens.
     drop = drop.scatter(1, order, drop)  # (B, V)
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
     """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
-    if cfg.repetition_penalty not in (0, 1):
+    if cfg.repetition_penalty >= 1e-6:  # a smaller number is as good as 0
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # too small to divide by
+    if cfg.temperature < 1e-6:
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
         logits = apply_top_k(logits, cfg.top_k)  # (B, V)
-    if cfg.top_p not in (0, 1):
+    if 0 < cfg.top_p < 1:
         logits = apply_top_p(logits, cfg.top_p)  # (B, V)
     probabilities = F.softmax(logits, dim=-1)  # (B, V)
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
+
+
+def stream_text(
+    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
+) -> Iterator[str]:
+    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any."""
+    n_waiting = max(0, len(stop) - 1)  # so many last characters may be the beginning of stop
+    text = ""  # what hasn't been yielded yet
+    for token in tokens:
+        text += tokenizer.decode([token.item()])
+        if stop and stop in text:
+            yield text[: text.index(stop)]
+            return
+        n_ready = max(0, len(text) - n_waiting)
+        yield text[:n_ready]
+        text = text[n_ready:]
+    yield text
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -474,27 +501,6 @@ def train(
     return history
 
 
-def stream_text(
-    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
-) -> Iterator[str]:
-    """Yield the text of tokens, (1, 1) each, as soon as it is certain that stop isn't in it.
-
-    The text ends before stop; an empty stop never comes.
-    """
-    n_waiting = len(stop) - 1 if stop else 0
-    text = ""  # what hasn't been yielded yet
-    for token in tokens:
-        text += tokenizer.decode([token.item()])
-        if stop and stop in text:
-            yield text[: text.index(stop)]
-            return
-        # The last characters may be the beginning of stop, so they wait for the next token.
-        n_certain = max(0, len(text) - n_waiting)
-        yield text[:n_certain]
-        text = text[n_certain:]
-    yield text
-
-
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
@@ -512,8 +518,9 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.prompt_file:
             flag = "--prompt_file"
             start = data.load_text(Path(cfg.prompt_file), flag)
+            cfg = replace(cfg, prompt=start, prompt_file="")  # what a checkpoint should hold
         prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
-        tokenizer.encode(cfg.stop, "--stop")  # refuses a text that could never come
+        tokenizer.encode(cfg.stop, "--stop")  # refuse a stop that can't occur
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -537,14 +544,14 @@ def main(argv: list[str] | None = None) -> None:
         print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)
         model.eval()
-        model.to(choose_dtype(cfg))
+        model.to(choose_dtype(cfg))  # in bfloat16, half as many bytes to read for each token
         for i in range(cfg.num_samples):
             if i > 0:
                 print("---")
             print(start, end="", flush=True)
             tokens = model.stream(prompt, cfg.max_new_tokens)
-            for text in stream_text(tokens, tokenizer, cfg.stop):
-                print(text, end="", flush=True)
+            for piece in stream_text(tokens, tokenizer, cfg.stop):
+                print(piece, end="", flush=True)
             print()
 
 

@@ -1,6 +1,8 @@
 """data/flags.py: settings and their flags, --help, devices, and errors in one line."""
 
 import dataclasses
+import signal
+import threading
 
 import data
 from data import flags, setting
@@ -24,8 +26,11 @@ class Config:
     device: str = setting("a device", gpu="cuda", cpu="cpu")
 
 
-def read(*argv):
-    return data.read_flags(Config, "The lesson.", list(argv))
+SAVED = {"size": 7, "rate": 0.25, "name": "s", "kind": "two", "switch": True, "device": "cpu"}
+
+
+def read(*argv, saved=None, fixed=()):
+    return data.read_flags(Config, "The lesson.", list(argv), saved, fixed)
 
 
 def pretend(monkeypatch, cuda=False, mps=False):
@@ -33,7 +38,11 @@ def pretend(monkeypatch, cuda=False, mps=False):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
     real = torch.ones
-    monkeypatch.setattr(torch, "ones", lambda *shape, device: real(*shape))
+
+    def ones(*shape, device):
+        return real(*shape, device="cpu" if device in ("cuda", "mps") else device)
+
+    monkeypatch.setattr(torch, "ones", ones)
 
 
 def test_the_cpu_gets_its_own_defaults():
@@ -79,6 +88,87 @@ def test_values_that_are_refused(argv, said):
     with pytest.raises(data.InputError) as error:
         read("--device", "cpu", *argv)
     assert str(error.value).startswith(said)
+
+
+def test_the_largest_value_may_itself_be_allowed():
+    @dataclasses.dataclass
+    class Share:
+        share: float = setting("a share", gpu=1.0, cpu=1.0, most=1)
+        device: str = setting("a device", gpu="cuda", cpu="cpu")
+
+    def read_share(value):
+        return data.read_flags(Share, "", ["--device", "cpu", "--share", value]).share
+
+    assert read_share("1") == 1.0
+    for value in ("1.0001", "inf", "nan", "-0.5"):
+        said = f"^--share {float(value)}: must be at least 0 and at most 1$"
+        with pytest.raises(data.InputError, match=said):
+            read_share(value)
+
+
+def test_saved_settings_take_the_place_of_the_defaults():
+    assert read(saved=SAVED) == Config(**SAVED)
+    cfg = read("--size", "8", "--no-switch", saved=SAVED)
+    assert cfg == Config(**SAVED | {"size": 8, "switch": False})
+    cfg = read("--device", "cpu", saved={"rate": 0.75})
+    assert cfg == Config(24, 0.75, "c", "one", False, "cpu")
+
+
+def test_saved_settings_of_another_script_are_left_out():
+    assert read(saved=SAVED | {"temperature": 0.8, "top_k": "many"}) == Config(**SAVED)
+    assert flags.check_saved(Config, {"temperature": 0.8}) == {}
+
+
+def test_a_saved_device_that_is_not_there_gives_way_to_one_that_is(monkeypatch):
+    monkeypatch.setattr(flags, "best_device", lambda: "cpu")
+    assert read(saved=SAVED | {"device": "warp:3"}) == Config(**SAVED)
+    with pytest.raises(data.InputError, match="^--device warp:4: "):
+        read("--device", "warp:4", saved=SAVED)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("size", 7.0),
+        ("size", "7"),
+        ("size", True),
+        ("size", None),
+        ("rate", "0.5"),
+        ("rate", False),
+        ("name", 7),
+        ("switch", 1),
+        ("device", None),
+    ],
+)
+def test_a_saved_setting_of_another_type_is_refused(name, value):
+    with pytest.raises(data.InputError, match=f"setting {name} is {value!r}; it is damaged"):
+        read(saved=SAVED | {name: value})
+
+
+def test_a_saved_whole_number_may_stand_for_a_float():
+    rate = read(saved=SAVED | {"rate": 0}).rate
+    assert (rate, type(rate)) == (0.0, float)
+
+
+def test_a_saved_setting_out_of_range_is_refused():
+    with pytest.raises(data.InputError, match="^--size 0: must be at least 1"):
+        read(saved=SAVED | {"size": 0})
+
+
+def test_a_fixed_setting_can_be_repeated_but_not_changed():
+    fixed = ["size", "kind"]
+    assert read("--size", "7", "--rate", "0.5", saved=SAVED, fixed=fixed).rate == 0.5
+    said = "^--size 8: the checkpoint has 7, which can't be changed; leave the flag out$"
+    with pytest.raises(data.InputError, match=said):
+        read("--size", "8", saved=SAVED, fixed=fixed)
+    with pytest.raises(data.InputError, match="^--kind one: the checkpoint has two, "):
+        read("--kind", "one", saved=SAVED, fixed=fixed)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="a traceback")
+def test_a_checkpoint_without_a_fixed_setting_is_refused():
+    with pytest.raises(data.InputError, match="size"):
+        read(saved={"rate": 0.25}, fixed=["size"])
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:9", "mps", "warp", "", "meta"])
@@ -156,6 +246,30 @@ def test_interruptions_have_the_status_that_shells_expect(error, status):
     with pytest.raises(SystemExit) as stop, data.command_line():
         raise error
     assert stop.value.code == status
+
+
+def test_sigterm_ends_a_program_like_ctrl_c():
+    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit) as stop, data.command_line():
+            signal.raise_signal(signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+    assert stop.value.code == 143
+    assert issubclass(flags.Terminated, KeyboardInterrupt), "what Ctrl-C saves is saved here too"
+
+
+def test_a_script_may_run_in_any_thread():
+    before, done = signal.getsignal(signal.SIGTERM), []
+
+    def run():
+        with data.command_line():
+            done.append(signal.getsignal(signal.SIGTERM))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert done == [before]
 
 
 def test_a_script_refuses_a_bad_flag_before_it_reads_anything(capsys):

@@ -131,7 +131,7 @@ COURSE = {
     "v7b_kv_cache": {
         "parent": "v7a_sampling",
         "lesson": "compute the keys and values of each token only once",
-        "adds": ["KVCache"],
+        "adds": ["KVCache", "LanguageModel.make_caches"],
         "changes": [
             "MultiHeadAttention.forward",
             "Block.forward",

@@ -144,7 +144,7 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.LanguageModel(sizes, VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
         if hasattr(script, "KVCache"):  # several tokens after others
             model = script.LanguageModel(sizes, VOCAB_SIZE)
-            caches = [script.KVCache(sizes, 2, torch.float32) for _ in model.blocks]
+            caches = model.make_caches(2)
             model(torch.zeros(2, 2).long(), caches=caches)
             model(torch.zeros(2, 3).long(), caches=caches)
         if hasattr(script, "read_settings"):

@@ -1,4 +1,7 @@
-"""v9_gpt2.py: GPT-2 and GPT-1 compared with transformers, weights in and out, files of tokens."""
+"""v9_gpt2.py: GPT-2 and GPT-1 compared with transformers, weights in and out, files of tokens.
+
+Also what no other script has: gradient accumulation, and processes that act as one.
+"""
 
 import contextlib
 import functools
@@ -21,7 +24,7 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import TEXT, refused, tiny, tiny_flags
+from conftest import TEXT, TINY, VOCAB_SIZE, random_tokens, refused, tiny, tiny_flags
 from safetensors.torch import load_file, save_file
 from tiktoken_ext.openai_public import r50k_pat_str
 from torch.nn import functional as F
@@ -739,3 +742,158 @@ def test_other_choices_are_refused(capsys):
     for flag in ("--preset", "--norm", "--tokenizer"):
         line = refused(v9, capsys, flag, "other")
         assert f"argument {flag}: invalid choice: 'other' (choose from" in line
+
+
+# ---- its own cache, and text from bytes
+
+
+@pytest.mark.parametrize(("block_size", "length"), [(24, 1), (24, 23), (5, 9), (1, 1)])
+def test_cached_text_equals_uncached_text(block_size, length):
+    """Also after the cache was full, when the last half of the text is read again."""
+    torch.manual_seed(3)
+    model = v9.LanguageModel(tiny(v9, block_size=block_size), VOCAB_SIZE).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:  # or the text would hardly depend on what came before
+            torch.nn.init.normal_(parameter, std=0.5)
+    idx = random_tokens(2, length)
+    how = {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3}
+    torch.manual_seed(5)
+    actual = model.generate(idx, 30, **how)
+    torch.manual_seed(5)
+    begin = max(0, length - block_size)  # the first token in view
+    for _ in range(30):
+        if idx.shape[1] - begin > block_size:
+            begin = idx.shape[1] - max(1, block_size // 2)
+        logits, _ = model(idx[:, begin:])
+        idx = torch.cat((idx, v9.choose_token(logits[:, -1], idx, **how)), dim=1)
+    assert torch.equal(actual, idx)
+
+
+class Bytes:
+    """A tokenizer of single bytes; a character takes up to four of them."""
+
+    def decode(self, tokens):
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+
+def test_text_comes_one_character_at_a_time():
+    text = "naïve 世界 🙂 end"
+    pieces = v9.text_of(iter(text.encode("utf-8")), Bytes(), "")
+    assert [piece for piece in pieces if piece] == list(text)
+
+
+def test_bytes_that_are_not_text_become_question_marks():
+    tokens = [*"a世".encode(), 0xFF, 0xFE, *b"b", *"世".encode()[:2]]
+    expected = bytes(tokens).decode("utf-8", errors="replace")
+    assert "".join(v9.text_of(iter(tokens), Bytes(), "")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "stop", "expected"),
+    [("x世界y", "世界", "x"), ("ab\ufffd", "\ufffd", "ab"), ("ab\ufffdc", "\ufffd", "ab")],
+)
+def test_text_ends_before_a_stop_of_several_bytes(text, stop, expected):
+    assert "".join(v9.text_of(iter(text.encode("utf-8")), Bytes(), stop)) == expected
+
+
+# ---- large batches from small ones, and from several processes
+
+
+def assert_same_weights(a, b):
+    """Check that two models, given as dicts of weights, are the same up to rounding.
+
+    The bias of the keys adds the same to all scores of a query, which the softmax ignores. So its
+    gradient is 0 but for rounding, and AdamW, which rescales gradients, makes it a random walk.
+    """
+    assert list(a) == list(b)
+    for name in a:
+        parts = zip(a[name].chunk(3), b[name].chunk(3), strict=True)  # query, key, value
+        for part, (x, y) in zip(("query", "key", "value"), parts, strict=True):
+            if not (name.endswith("query_key_value.bias") and part == "key"):
+                torch.testing.assert_close(x, y, rtol=1e-4, atol=2e-5, msg=name)
+
+
+def test_small_batches_add_up_to_a_large_one(splits, monkeypatch):
+    models = []
+    for batch_size, steps in ((4, 3), (12, 1)):
+        torch.manual_seed(1)
+        cfg = tiny(v9, batch_size=batch_size, grad_accum_steps=steps, max_iters=4, warmup_iters=0)
+        model = v9.LanguageModel(cfg, VOCAB_SIZE)
+        rows = iter(random_tokens(100, TINY["block_size"] + 1))
+
+        def batch(tokens, cfg, rows=rows, model=model):
+            if not model.training:
+                return torch.zeros(2, 1, TINY["block_size"], dtype=torch.int64)
+            windows = torch.stack([next(rows) for _ in range(cfg.batch_size)])
+            return windows[:, :-1], windows[:, 1:]
+
+        monkeypatch.setattr(v9, "get_batch", batch)
+        v9.train(model, *splits, cfg)
+        models.append(model)
+    assert_same_weights(models[0].state_dict(), models[1].state_dict())
+
+
+def test_every_batch_has_a_seed_of_its_own(splits, monkeypatch):
+    seeds = []
+    real = torch.manual_seed
+
+    def manual_seed(seed):
+        seeds.append(seed)
+        return real(seed)
+
+    monkeypatch.setattr(torch, "manual_seed", manual_seed)
+    for seed in (7, 8):
+        cfg = tiny(v9, seed=seed, max_iters=9, grad_accum_steps=2)
+        v9.train(v9.LanguageModel(cfg, VOCAB_SIZE), *splits, cfg)
+    assert len(seeds) == len(set(seeds)) == 2 * 9 * 2
+
+
+@pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is not for Windows")
+def test_two_processes_equal_one_that_accumulates_twice_as_much(corpus, tmp_path, capsys):
+    def flags(name, grad_accum_steps):
+        length = {"max_iters": 12, "eval_interval": 6, "warmup_iters": 2, "dropout": 0.2}
+        how = {"out_dir": tmp_path / name, "grad_accum_steps": grad_accum_steps}
+        return [*tiny_flags(v9, **length, **how), "--data", str(corpus)]
+
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [sys.executable, *launch, "v9_gpt2.py", *flags("two", 2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
+        v9.main(flags("one", 4))
+        one_out = capsys.readouterr().out
+        two_out, two_err = process.communicate(timeout=100)
+    assert process.returncode == 0, two_err
+    assert two_err.count(" parameters, on cpu") == 1
+    a, b = (torch.load(tmp_path / name / "latest.pt", weights_only=True) for name in ("one", "two"))
+    assert a["step"] == b["step"] == 12
+    assert_same_weights(a["model"], b["model"])
+    losses = [re.findall(r"loss (\d+\.\d+)", out) for out in (one_out, two_out)]
+    assert len(losses[0]) == len(losses[1]) == 2 * 3 + 1, "one process prints, and only one"
+    assert float(losses[0][-1]) == pytest.approx(float(losses[1][-1]), abs=2e-4)
+
+
+def test_processes_share_gradients_once_a_step(splits, monkeypatch):
+    """A stand-in for DistributedDataParallel notes when the real one would share gradients."""
+    shared, silent = [], []
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def forward(self, *batch):
+            shared.append(not silent)
+            return self.module(*batch)
+
+        @contextlib.contextmanager
+        def no_sync(self):
+            silent.append(True)
+            yield
+            silent.pop()
+
+    monkeypatch.setattr(v9.nn.parallel, "DistributedDataParallel", Wrapper)
+    monkeypatch.setattr(v9, "join_processes", lambda cfg: (0, 2))
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag: None)
+    cfg = tiny(v9, grad_accum_steps=3)
+    v9.train(v9.LanguageModel(cfg, VOCAB_SIZE), *splits, cfg)
+    assert shared == [False, False, True] * 3

@@ -1,0 +1,513 @@
+"""v6d_checkpoints.py: runs that are stopped, killed and resumed, and samples from what they saved.
+
+How files are read and written is tested in test_checkpoints.py.
+"""
+
+import json
+import math
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import data
+
+import pytest
+import torch
+from conftest import TEXT, TINY, VOCAB_SIZE, refused, tiny, tiny_flags
+from filelock import FileLock
+
+import v6d_checkpoints as v6d
+from lab.ladder import ROOT
+
+# Dropout draws random numbers too, so a resumed run must have the same generator.
+LONG = {"max_iters": 6, "dropout": 0.3, "warmup_iters": 2}
+
+
+def flags(corpus, **changes):
+    return [*tiny_flags(v6d, **changes), "--data", str(corpus)]
+
+
+def saved(folder, name="latest.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+def log_of(folder):
+    lines = (Path(folder) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+
+
+def edit(path, **changes):
+    """Change what a checkpoint holds."""
+    torch.save(torch.load(path, weights_only=True) | changes, path)
+
+
+def assert_same_run(a, b):
+    """Check that two runs have the same weights and optimizer, bit for bit, and the same losses."""
+    for file in ("latest.pt", "best.pt"):
+        a_state, b_state = saved(a, file), saved(b, file)
+        assert a_state["step"] == b_state["step"]
+        assert a_state["model"].keys() == b_state["model"].keys()
+        for name, tensor in a_state["model"].items():
+            assert torch.equal(tensor, b_state["model"][name]), name
+        assert a_state["optimizer"].keys() == b_state["optimizer"].keys()
+        for number, averages in a_state["optimizer"].items():
+            for name, tensor in averages.items():
+                assert torch.equal(tensor, b_state["optimizer"][number][name]), name
+        assert torch.equal(a_state["random_state"], b_state["random_state"])
+    a_log, b_log = log_of(a), log_of(b)
+    for entry in a_log + b_log:
+        del entry["tokens_per_second"]
+    assert a_log == b_log
+
+
+def end_of(output):
+    """The sample, and the line above it."""
+    return output[output.index("validation loss ") :]
+
+
+def fake_losses(monkeypatch, *losses):
+    """Let the validation losses of the next estimates be these."""
+    pairs = iter([loss for val_loss in losses for loss in (1.0, val_loss)])
+    monkeypatch.setattr(v6d, "estimate_loss", lambda *_: next(pairs))
+
+
+@pytest.fixture(scope="module")
+def straight_run(tmp_path_factory):
+    """The folder of an uninterrupted run with LONG. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("straight")
+    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    v6d.main(flags(folder / "corpus.txt", out_dir=folder / "run", **LONG))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory):
+    """The folder of a tiny run that has ended. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    v6d.main(flags(folder / "corpus.txt", out_dir=folder / "run"))
+    return folder / "run"
+
+
+@pytest.fixture
+def trained(finished_run, tmp_path):
+    """A copy of the finished run, for one test to use as it likes."""
+    return shutil.copytree(finished_run, tmp_path / "trained")
+
+
+# ---- runs that are killed or stopped, and then resumed
+
+
+KILLED_HALFWAY_THROUGH_A_SAVE = """
+import os, signal, sys, torch, v6d_checkpoints as v6d
+real = torch.save
+
+def save(state, file):
+    if state["step"] == 4:
+        file.write(b"the first half")
+        file.flush()
+        os.kill(os.getpid(), getattr(signal, "SIGKILL", signal.SIGTERM))
+    real(state, file)
+
+torch.save = save
+v6d.main(sys.argv[1:])
+"""
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(corpus, straight_run, tmp_path):
+    folder = tmp_path / "run"
+    words = flags(corpus, out_dir=folder, **LONG)
+    command = [sys.executable, "-c", KILLED_HALFWAY_THROUGH_A_SAVE, *words]
+    killed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert killed.returncode != 0
+    assert re.findall(r"^step (\d+):", killed.stdout, re.MULTILINE) == ["0", "2"]
+    assert (folder / "latest.pt.unfinished").read_bytes() == b"the first half"
+    assert saved(folder)["step"] == 2
+    v6d.main(["--resume", "--out_dir", str(folder)])
+    assert_same_run(folder, straight_run)
+    assert not (folder / "latest.pt.unfinished").exists()
+
+
+# The estimate before step 0 takes the batches 1 to 4, the steps 0 and 1 take one each, and so on.
+@pytest.mark.parametrize(
+    ("number", "n_batches", "last_step"),
+    [
+        pytest.param(signal.SIGINT, 2, 0, id="Ctrl-C in the first estimate"),
+        pytest.param(signal.SIGINT, 5, 1, id="Ctrl-C in a step"),
+        pytest.param(signal.SIGINT, 6, 2, id="Ctrl-C in the last step before an estimate"),
+        pytest.param(signal.SIGINT, 8, 2, id="Ctrl-C in an estimate"),
+        pytest.param(signal.SIGINT, 10, 3, id="Ctrl-C in the last batch of an estimate"),
+        pytest.param(signal.SIGINT, 20, 6, id="Ctrl-C in the last estimate"),
+        pytest.param(signal.SIGTERM, 5, 1, id="SIGTERM in a step"),
+        pytest.param(signal.SIGTERM, 8, 2, id="SIGTERM in an estimate"),
+    ],
+)
+def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(
+    corpus, straight_run, tmp_path, capsys, monkeypatch, number, n_batches, last_step
+):
+    real, batches = data.get_windows, []
+
+    def get_windows(*args):
+        batches.append(1)
+        if len(batches) == n_batches:
+            signal.raise_signal(number)
+        return real(*args)
+
+    folder = tmp_path / "the run"
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "get_windows", get_windows)
+        with pytest.raises(SystemExit) as stop:
+            v6d.main(flags(corpus, out_dir=folder, **LONG))
+    assert stop.value.code == (130 if number == signal.SIGINT else 143)
+    command = f'python v6d_checkpoints.py --resume --out_dir "{folder}"'
+    assert capsys.readouterr().err.endswith(f"\nstopped and saved; to go on: {command}\n")
+    assert saved(folder)["step"] == last_step
+    v6d.main(["--resume", "--out_dir", str(folder)])
+    assert_same_run(folder, straight_run)
+
+
+def test_a_run_goes_on_from_its_best_weights_if_they_are_copied(straight_run, tmp_path):
+    folder = shutil.copytree(straight_run, tmp_path / "run")
+    (folder / "latest.pt").write_bytes(b"damaged")
+    shutil.copy(folder / "best.pt", folder / "latest.pt")
+    v6d.main(["--resume", "--out_dir", str(folder)])
+    assert_same_run(folder, straight_run)
+
+
+def test_a_finished_run_that_is_resumed_ends_in_the_same_way(trained, capsys):
+    v6d.main(["--resume", "--out_dir", str(trained)])
+    resumed = capsys.readouterr()
+    assert "step 2:" not in resumed.out
+    assert "step 3:" in resumed.out
+    v6d.main(["--sample_only", "--out_dir", str(trained)])
+    assert end_of(resumed.out).split("\n", 1)[1] == capsys.readouterr().out
+
+
+def test_no_flags_but_resume_continue_the_newest_run(corpus, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    changes = {"seed": 5, "weight_decay": 0.3, "dropout": 0.2, "prompt": "dog", "out_dir": ""}
+    v6d.main(flags(corpus, **changes))
+    ended = capsys.readouterr().out
+    [folder] = Path("out").iterdir()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_v6d_checkpoints", folder.name)
+    assert set(files_of(folder)) >= {"latest.pt", "best.pt", "log.jsonl"}
+    config = saved(folder)["config"]
+    v6d.main(["--resume"])
+    assert end_of(capsys.readouterr().out) == end_of(ended)
+    assert saved(folder)["config"] == config | {"resume": True}
+    assert list(Path("out").iterdir()) == [folder]
+    v6d.main(["--sample_only"])
+    assert capsys.readouterr().out.startswith("dog")
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(
+    corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "2025-01-02_03-04-05")
+    for seed in (5, 6, 7):
+        v6d.main(flags(corpus, out_dir="", seed=seed))
+    names = ["v6d_checkpoints", "v6d_checkpoints_2", "v6d_checkpoints_3"]
+    folders = [Path("out", f"2025-01-02_03-04-05_{name}") for name in names]
+    assert sorted(Path("out").iterdir()) == folders
+    assert [saved(folder)["config"]["seed"] for folder in folders] == [5, 6, 7]
+    v6d.main(["--resume", "--max_iters", "4"])
+    assert [saved(folder)["step"] for folder in folders] == [3, 3, 4]
+
+
+def test_a_flag_overrides_the_checkpoint(trained, capsys, monkeypatch):
+    made = []
+    real = v6d.make_optimizer
+
+    def make_optimizer(*args):
+        made.append(real(*args))
+        return made[-1]
+
+    monkeypatch.setattr(v6d, "make_optimizer", make_optimizer)
+    new = {"max_iters": 6, "learning_rate": 0.5, "weight_decay": 0.7, "warmup_iters": 0}
+    typed = [word for name, value in new.items() for word in (f"--{name}", str(value))]
+    v6d.main(["--resume", "--out_dir", str(trained), *typed, "--prompt", "The "])
+    assert end_of(capsys.readouterr().out).split("\n", 1)[1].startswith("The ")
+    decayed, others = made[-1].param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.7, 0.0)
+    rate = v6d.learning_rate_at(5, tiny(v6d, **new))
+    assert decayed["lr"] == others["lr"] == rate
+    assert all(averages["step"] == 6 for averages in made[-1].state.values())
+    assert saved(trained)["step"] == 6
+    assert saved(trained)["config"].items() >= new.items()
+
+
+def test_other_sizes_are_refused_by_name(trained, capsys):
+    for name, value in {"block_size": 4, "n_embd": 24, "n_head": 2, "n_layer": 1}.items():
+        for mode in ("--resume", "--sample_only"):
+            line = refused(v6d, capsys, mode, "--out_dir", trained, f"--{name}", value)
+            assert line.startswith(f"error: --{name} {value}: the checkpoint has {TINY[name]}, ")
+
+
+def test_a_run_can_not_be_shortened_to_less_than_it_has_done(trained, capsys):
+    before = files_of(trained)
+    line = refused(v6d, capsys, "--resume", "--out_dir", trained, "--max_iters", 2)
+    assert line.startswith("error: --max_iters 2: the run is at step 3 already;")
+    assert files_of(trained) == before
+
+
+def test_a_run_goes_on_with_the_same_text_only(trained, corpus, capsys):
+    before = files_of(trained)
+    for text in (TEXT + TEXT, TEXT.replace("q", "Q"), TEXT.upper()):
+        corpus.write_text(text, encoding="utf-8")
+        line = refused(v6d, capsys, "--resume", "--out_dir", trained, "--data", corpus)
+        assert line.startswith(f"error: --data {corpus}: not the text that this run was trained on")
+    assert files_of(trained) == before
+    copy = corpus.with_name("copy.txt")
+    copy.write_text(TEXT, encoding="utf-8")
+    v6d.main(["--resume", "--out_dir", str(trained), "--data", str(copy)])
+
+
+@pytest.mark.parametrize("name", ["latest.pt", "best.pt"])
+def test_a_new_run_never_replaces_another(trained, corpus, tmp_path, capsys, name):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    shutil.copy(trained / name, folder)
+    before = files_of(folder)
+    line = refused(v6d, capsys, *flags(corpus, out_dir=folder, seed=5))
+    assert line.startswith(f"error: --out_dir {folder}: already holds a run; ")
+    assert files_of(folder) == before
+
+
+def test_two_runs_can_not_use_one_folder_at_a_time(trained, corpus, capsys):
+    before = files_of(trained)
+    with FileLock(trained / "lock"):
+        line = refused(v6d, capsys, "--resume", "--out_dir", trained, "--max_iters", 6)
+    assert line.startswith(f"error: --out_dir {trained}: another run is using it; ")
+    assert {name: (trained / name).read_bytes() for name in before} == before
+
+
+@pytest.mark.parametrize("place", ["file", "file/below"])
+def test_an_unusable_folder_is_refused_before_any_work(
+    corpus, tmp_path, capsys, monkeypatch, place
+):
+    (tmp_path / "file").write_text(TEXT, encoding="utf-8")
+    monkeypatch.setattr(v6d, "estimate_loss", lambda *_: pytest.fail("too late"))
+    line = refused(v6d, capsys, *flags(corpus, out_dir=tmp_path / place))
+    assert line.startswith(f"error: --out_dir {tmp_path / place}: can't write there (")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == TEXT
+
+
+# ---- what is saved
+
+
+def test_the_log_has_a_line_for_each_estimate(trained, capsys):
+    v6d.main(["--resume", "--out_dir", str(trained), "--max_iters", "7"])
+    out, log = capsys.readouterr().out, log_of(trained)
+    assert [entry["step"] for entry in log] == sorted({entry["step"] for entry in log})
+    assert [entry["step"] for entry in log][-3:] == [4, 6, 7]
+    for entry in log[-3:]:
+        losses = f"train loss {entry['train_loss']:.4f}, val loss {entry['val_loss']:.4f}"
+        speed = entry["tokens_per_second"]
+        shown = f", {speed:,.0f} tokens/s" if speed > 0 else ""
+        assert f"step {entry['step']}: {losses}{shown}\n" in out
+    assert [entry["tokens_per_second"] > 0 for entry in log[-3:]] == [False, True, True]
+
+
+def test_the_best_weights_are_kept_beside_the_latest(corpus, tmp_path, monkeypatch):
+    fake_losses(monkeypatch, 5.0, 4.0, 2.0, 2.0, 4.5)
+    v6d.main(flags(corpus, max_iters=8, out_dir=tmp_path / "run"))
+    assert saved(tmp_path / "run", "best.pt")["step"] == 4
+    assert saved(tmp_path / "run")["step"] == 8
+    assert [entry["val_loss"] for entry in log_of(tmp_path / "run")] == [5.0, 4.0, 2.0, 2.0, 4.5]
+
+
+@pytest.mark.xfail(strict=True, reason="the estimate at step 3 is dropped from the log")
+def test_a_longer_run_still_knows_its_best_loss(corpus, tmp_path, monkeypatch):
+    fake_losses(monkeypatch, 5.0, 4.0, 2.0, 3.5, 3.0)
+    v6d.main(flags(corpus, out_dir=tmp_path / "run"))
+    v6d.main(["--resume", "--out_dir", str(tmp_path / "run"), "--max_iters", "6"])
+    assert saved(tmp_path / "run", "best.pt")["step"] == 3
+
+
+def test_a_sample_comes_from_the_best_weights(corpus, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        fake_losses(patch, 5.0, 2.0, 2.5, 3.0)
+        changes = {"max_iters": 6, "learning_rate": 0.1, "max_new_tokens": 40}
+        v6d.main(flags(corpus, out_dir=folder, warmup_iters=0, **changes))
+    out, err = capsys.readouterr()
+    line, sample = end_of(out).split("\n", 1)
+    bits = f"{2 / math.log(2):.3f} bits per character"
+    assert line == f"validation loss 2.0000 nats per character, perplexity 7.39, {bits}"
+    assert err.endswith("sampling with the weights after step 2\n")
+    corpus.unlink()  # sampling doesn't need it
+    v6d.main(["--sample_only", "--out_dir", str(folder)])
+    out, err = capsys.readouterr()
+    assert out == sample
+    assert err.endswith("sampling with the weights after step 2\n")
+    shutil.copy(folder / "latest.pt", folder / "best.pt")
+    v6d.main(["--sample_only", "--out_dir", str(folder)])
+    assert capsys.readouterr().out != sample
+
+
+def test_a_sample_depends_on_the_sampling_flags_and_nothing_else(trained, capsys):
+    def sample(*typed):
+        v6d.main(["--sample_only", "--out_dir", str(trained), *typed])
+        return capsys.readouterr().out
+
+    before = files_of(trained)
+    first = sample("--prompt", "The ", "--max_new_tokens", "40")
+    assert first.startswith("The ")
+    assert len(first) == 45
+    assert sample("--prompt", "The ", "--max_new_tokens", "40", "--batch_size", "9") == first
+    assert sample("--prompt", "The ", "--max_new_tokens", "40", "--seed", "4") != first
+    assert files_of(trained) == before
+
+
+def test_a_character_that_the_run_never_saw_is_refused(trained, capsys):
+    line = refused(v6d, capsys, "--sample_only", "--out_dir", trained, "--prompt", "é")
+    assert line.startswith("error: --prompt: the corpus has no 'é';")
+
+
+def test_training_without_a_run_saves_nothing(splits, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cfg = tiny(v6d)
+    history = v6d.train(v6d.LanguageModel(cfg, VOCAB_SIZE), *splits, cfg)
+    assert [step for step, _, _ in history] == [0, 2, 3]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loss_that_is_not_finite_leaves_the_best_weights(corpus, tmp_path, capsys, monkeypatch):
+    fake_losses(monkeypatch, 5.0, math.nan)
+    line = refused(v6d, capsys, *flags(corpus, out_dir=tmp_path / "run"))
+    assert line == "error: the loss is not finite; try a smaller --learning_rate"
+    assert saved(tmp_path / "run", "best.pt")["step"] == 0
+    assert [entry["step"] for entry in log_of(tmp_path / "run")] == [0]
+
+
+@pytest.mark.xfail(strict=True, reason="latest.pt is saved before the loss is known")
+def test_a_loss_that_is_not_finite_leaves_the_last_checkpoint(
+    corpus, tmp_path, capsys, monkeypatch
+):
+    fake_losses(monkeypatch, 5.0, math.nan)
+    refused(v6d, capsys, *flags(corpus, out_dir=tmp_path / "run"))
+    assert saved(tmp_path / "run")["step"] == 0
+
+
+def test_a_save_that_fails_leaves_all_files_as_they_were(trained, capsys, monkeypatch):
+    before = files_of(trained)
+
+    def save(state, file):
+        file.write(b"the first half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", save)
+    line = refused(v6d, capsys, "--resume", "--out_dir", trained, "--max_iters", 6)
+    assert line.startswith(f"error: --out_dir {trained}: can't save latest.pt (")
+    assert "No space left on device" in line
+    assert files_of(trained) == before
+
+
+# ---- checkpoints that can't be used
+
+
+def test_without_a_run_there_is_nothing_to_continue(corpus, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for mode in ("--resume", "--sample_only"):
+        line = refused(v6d, capsys, mode)
+        assert line.startswith(f"error: no run in {tmp_path / 'out'}; train first")
+        line = refused(v6d, capsys, mode, "--out_dir", "elsewhere")
+        assert line.startswith("error: --out_dir elsewhere: no such folder;")
+    assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_a_newest_run_without_a_checkpoint_is_named(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    trained.rename("out/2025-01-02_03-04-05_v6d_checkpoints")
+    newest = Path("out/2025-01-02_03-04-06_v6d_checkpoints")
+    newest.mkdir()
+    for mode, name in {"--resume": "latest.pt", "--sample_only": "best.pt"}.items():
+        line = refused(v6d, capsys, mode)
+        assert line.startswith(f"error: {newest / name}: no such file; either the run ended before")
+
+
+def bigger(tensors):
+    return {name: torch.zeros(*tensor.shape, 2) for name, tensor in tensors.items()}
+
+
+def damage(folder, what):
+    """Damage a checkpoint; return what the message must say."""
+    path = folder / "latest.pt"
+    state = saved(folder)
+    if what == "half a file":
+        path.write_bytes(path.read_bytes()[:9999])
+        return f"error: {path}: damaged, or not a checkpoint at all; best.pt beside it is intact"
+    if what == "renamed weights":
+        weights = {f"x.{name}": tensor for name, tensor in state["model"].items()}
+        edit(path, model=weights)
+        return "damaged: its weights don't fit its settings"
+    if what == "weights of another script":
+        weights = {f"x.{name}": tensor for name, tensor in state["model"].items()}
+        edit(path, model=weights, script="v8b_gpt2")
+        return "written by v8b_gpt2.py, whose model has other weights; use that script"
+    if what == "other sizes":
+        edit(path, config=state["config"] | {"n_layer": 1})
+        return "damaged: its weights don't fit its settings"
+    if what == "indivisible sizes":
+        edit(path, config=state["config"] | {"n_head": 4})
+        return "--n_embd 18: not a multiple of --n_head 4"
+    if what == "setting out of range":
+        edit(path, config=state["config"] | {"batch_size": 0})
+        return "--batch_size 0: must be at least 1"
+    if what == "setting of another type":
+        edit(path, config=state["config"] | {"batch_size": "four"})
+        return "the checkpoint's setting batch_size is 'four'; it is damaged"
+    if what == "other characters":
+        edit(path, characters=state["characters"] + "0123")
+        return "damaged: its weights don't fit its settings"
+    if what == "averages of other shapes":
+        edit(path, optimizer={i: bigger(a) for i, a in state["optimizer"].items()})
+        return "damaged: the optimizer's averages don't fit"
+    assert what == "averages without numbers"
+    edit(path, optimizer={0: "none"})
+    return "damaged: the optimizer's averages don't fit"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "half a file", "renamed weights", "weights of another script", "other sizes",
+        "indivisible sizes", "setting out of range", "setting of another type",
+        "other characters", "averages of other shapes", "averages without numbers",
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(trained, capsys, what):
+    said = damage(trained, what)
+    before = files_of(trained)
+    line = refused(v6d, capsys, "--resume", "--out_dir", trained)
+    assert said in line
+    assert files_of(trained) == before
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"log": [{}]}, id="log without steps"),
+        pytest.param({"log": [{"step": 0}]}, id="log without losses"),
+        pytest.param({"log": ["step 0"]}, id="log of strings"),
+        pytest.param({"random_state": torch.zeros(3, dtype=torch.uint8)}, id="short random state"),
+        pytest.param({"random_state": torch.zeros(5056)}, id="random state of floats"),
+        pytest.param({"step": -1}, id="negative step"),
+        pytest.param({"config": {}}, id="no settings"),
+        pytest.param({"optimizer": {0: {"step": torch.tensor(1.0)}}}, id="averages left out"),
+    ],
+)
+@pytest.mark.xfail(strict=True, reason="a traceback")
+def test_a_checkpoint_edited_by_hand_is_refused(trained, capsys, changes):
+    edit(trained / "latest.pt", **changes)
+    refused(v6d, capsys, "--resume", "--out_dir", trained, "--max_iters", 6)
