@@ -342,8 +342,9 @@ def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tens
     """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     if cfg.device.startswith("cuda"):
-        # From pinned memory the GPU fetches the data itself, while both it and Python go on.
-        x, y = x.pin_memory(), y.pin_memory()  # (B, T) each
+        # From pinned memory, the GPU fetches a contiguous tensor itself while Python goes on.
+        x = x.contiguous().pin_memory()  # (B, T)
+        y = y.contiguous().pin_memory()  # (B, T)
     x = x.to(cfg.device, non_blocking=True)  # (B, T)
     y = y.to(cfg.device, non_blocking=True)  # (B, T)
     return x, y
@@ -423,7 +424,7 @@ def save_checkpoint(
 
 def wait_for(device: str) -> None:
     """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
-    torch.get_device_module(device).synchronize()
+    torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
 
 
 def train(
