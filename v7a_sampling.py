@@ -350,11 +350,11 @@ def learning_rate_at(step: int, cfg: Config) -> float:
 
 def shorten_warmup(cfg: Config) -> Config:
     """Return the settings, with a warm-up of a tenth of the run if it would take up most of it."""
-    if cfg.warmup_iters <= cfg.max_iters // 2:
+    if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
         return cfg
     n = cfg.max_iters // 10
-    why = f"{cfg.warmup_iters} steps are most of a run of {cfg.max_iters}; using {n}"
-    print(f"notice: --warmup_iters: {why}", file=sys.stderr)
+    why = f"a warm-up of {cfg.warmup_iters} steps would take up most of a run of {cfg.max_iters}"
+    print(f"notice: {why}, so --warmup_iters is {n}", file=sys.stderr)
     return replace(cfg, warmup_iters=n)
 
 
@@ -493,7 +493,8 @@ def main(argv: list[str] | None = None) -> None:
             data.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]
             bits = val_loss / math.log(2)
-            units = f"perplexity {math.exp(val_loss):.2f}, {bits:.3f} bits per character"
+            perplexity = math.exp(min(val_loss, 700))  # more would overflow
+            units = f"perplexity {perplexity:.4g}, {bits:.3f} bits per character"
             print(f"validation loss {val_loss:.4f} nats per character, {units}")
 
         print(f"sampling with the weights after step {state['step']}", file=sys.stderr)

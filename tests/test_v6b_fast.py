@@ -267,13 +267,19 @@ def test_tokens_per_second_count_neither_loss_estimates_nor_the_first_step(
     assert {int(step): speed for step, speed in lines} == expected
 
 
-def test_waiting_asks_the_device_to_finish(monkeypatch):
-    waited = []
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: waited.append("cuda"))
-    monkeypatch.setattr(torch.mps, "synchronize", lambda *_: waited.append("mps"))
-    for device in ("cuda", "mps", "cpu", "cpu:0"):
-        v6b.wait_for(device)
-    assert waited == ["cuda", "mps"]
+def test_waiting_reads_a_number_from_the_device_of_the_settings(monkeypatch):
+    read = []
+
+    class Number:
+        def __init__(self, *_, device):
+            self.device = device
+
+        def item(self):
+            read.append(self.device)
+
+    monkeypatch.setattr(torch, "zeros", Number)
+    v6b.wait_for("cuda:1")
+    assert read == ["cuda:1"]
 
 
 def test_a_run_prints_losses_its_speed_and_a_sample(corpus, capsys):
@@ -285,3 +291,16 @@ def test_a_run_prints_losses_its_speed_and_a_sample(corpus, capsys):
         assert re.fullmatch(rf"step {step}: train loss {loss}, val loss {loss}{speed}", line)
     assert lines[3].startswith("The ")
     assert len(lines[3]) == 4 + 7 + 1
+
+
+def test_pinned_batches_are_contiguous(splits, monkeypatch):
+    """PyTorch copies other tensors to ordinary memory before it sends them to a GPU."""
+    pinned = []
+
+    def pin(tensor):
+        pinned.append(tensor.is_contiguous())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    v6b.get_batch(splits[0], tiny(v6b, device=LikeCuda("cpu")))
+    assert pinned == [True, True]

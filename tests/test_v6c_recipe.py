@@ -155,8 +155,9 @@ def test_a_warm_up_that_takes_most_of_a_run_is_shortened(
     assert cfg.warmup_iters == warmup_iters
     out, err = capsys.readouterr()
     assert out == ""
-    assert re.fullmatch(r"notice: --warmup_iters: .*\n", err)
-    assert f"{warmup_iters} steps are most of a run of {max_iters}; using {expected}" in err
+    assert re.fullmatch(r"notice: .*\n", err)
+    assert f"a warm-up of {warmup_iters} steps" in err
+    assert f"a run of {max_iters}, so --warmup_iters is {expected}" in err
 
 
 @pytest.mark.parametrize(("warmup_iters", "expected"), [(10, 10), (11, 2)])
