@@ -338,6 +338,13 @@ def train(
     return history
 
 
+def in_units(loss: float) -> str:
+    """Return a loss, in nats per character, also in bits per character and as perplexity."""
+    perplexity = math.exp(min(loss, 700))  # more would overflow
+    bits = loss / math.log(2)
+    return f"{loss:.4f} nats per character, {bits:.3f} bits, perplexity {perplexity:.4g}"
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
@@ -357,10 +364,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"tokens: {sizes}", file=sys.stderr)
         history = train(model, train_data, val_data, cfg)
         _, _, val_loss = history[-1]
-        bits = val_loss / math.log(2)
-        perplexity = math.exp(min(val_loss, 700))  # more would overflow
-        units = f"perplexity {perplexity:.4g}, {bits:.3f} bits per character"
-        print(f"validation loss {val_loss:.4f} nats per character, {units}")
+        print(f"validation loss {in_units(val_loss)}")
 
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)

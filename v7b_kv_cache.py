@@ -447,26 +447,28 @@ def train(
     if state is not None:
         data.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
-        first_step = state["step"]
-        log = [entry for entry in state["log"] if entry["step"] < first_step]
+        first_step, log = state["step"], state["log"]
+        history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
     warming_up = True
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            stop = data.stop_requested()
-            # Save before estimating, which takes a while and which Ctrl-C may interrupt.
-            if stop or step % cfg.eval_interval == 0 or step == cfg.max_iters:
+            if data.stop_requested():
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
-            if stop:
                 raise KeyboardInterrupt
-            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+            is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
+            if not is_known and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
                 speed = 0.0  # tokens/s, unknown before the second step
                 if not warming_up and step > clock_step:
                     wait_for(cfg.device)
                     seconds = time.perf_counter() - clock_start
                     speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
-                train_loss = estimate_loss(model, train_data, cfg)
-                val_loss = estimate_loss(model, val_data, cfg)
+                try:
+                    train_loss = estimate_loss(model, train_data, cfg)
+                    val_loss = estimate_loss(model, val_data, cfg)
+                except KeyboardInterrupt:
+                    save_checkpoint("latest.pt", model, optimizer, step, log, run)
+                    raise
                 history.append((step, train_loss, val_loss))
                 report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
                 if speed > 0:
@@ -477,6 +479,7 @@ def train(
                 is_best = all(val_loss < entry["val_loss"] for entry in log)
                 losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
                 log.append({**losses, "tokens_per_second": speed})
+                save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
@@ -500,6 +503,13 @@ def train(
                 clock_step, clock_start = step + 1, time.perf_counter()
                 warming_up = False
     return history
+
+
+def in_units(loss: float) -> str:
+    """Return a loss, in nats per character, also in bits per character and as perplexity."""
+    perplexity = math.exp(min(loss, 700))  # more would overflow
+    bits = loss / math.log(2)
+    return f"{loss:.4f} nats per character, {bits:.3f} bits, perplexity {perplexity:.4g}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -538,10 +548,7 @@ def main(argv: list[str] | None = None) -> None:
             state = data.read_checkpoint(Path(run["folder"], "best.pt"))
             data.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]
-            bits = val_loss / math.log(2)
-            perplexity = math.exp(min(val_loss, 700))  # more would overflow
-            units = f"perplexity {perplexity:.4g}, {bits:.3f} bits per character"
-            print(f"validation loss {val_loss:.4f} nats per character, {units}")
+            print(f"validation loss {in_units(val_loss)}")
 
         print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)

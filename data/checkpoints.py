@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import ZipFile
 
 from data.flags import InputError, Terminated
 
@@ -43,6 +43,9 @@ def describe_run(cfg: Any, file: str, tokenizer: Any, text: str, state: dict | N
         folder = new_folder(cfg.out_dir, Path(file).stem)
     else:
         folder = Path(state["folder"])
+        if state["log"] and not is_intact(folder / "best.pt"):
+            why = "missing or damaged; copy latest.pt over it to go on"
+            raise InputError(f"{folder / 'best.pt'}: {why}")
         if state["corpus"] != corpus:
             why = "not the text that this run was trained on; give that one"
             raise InputError(f"--data {cfg.data}: {why}")
@@ -68,7 +71,12 @@ def new_folder(out_dir: str, script: str) -> Path:
             folder = RUNS / f"{name}_{n}"
         return folder
     folder = Path(out_dir)
-    if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
+    try:
+        is_used = (folder / "latest.pt").exists() or (folder / "best.pt").exists()
+    except OSError as error:  # no permission, a name that is too long, ...
+        why = f"can't use it ({error.strerror}); name another folder"
+        raise InputError(f"--out_dir {folder}: {why}") from None
+    if is_used:
         why = "already holds a run; go on with it (--resume) or name another folder"
         raise InputError(f"--out_dir {folder}: {why}")
     return folder
@@ -126,6 +134,8 @@ def running(run: dict) -> Iterator[None]:
             handlers[number] = signal.signal(number, note)
     try:
         yield
+        if received:  # too late for the run to notice
+            raise KeyboardInterrupt
     except KeyboardInterrupt:
         command = f'python {run["script"]}.py --resume --out_dir "{folder}"'
         print(f"stopped and saved; to go on: {command}", file=sys.stderr)
@@ -168,7 +178,8 @@ def replace_file(path: Path, write: Callable) -> None:
             os.fsync(file.fileno())  # or a power cut could leave an empty file under the new name
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch reports some write errors as RuntimeError
-        raise InputError(f"--out_dir {path.parent}: can't save {path.name} ({error})") from None
+        why = f"can't save {path.name} ({error}); the files that were there are intact"
+        raise InputError(f"--out_dir {path.parent}: {why}") from None
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
@@ -188,6 +199,7 @@ def read_checkpoint(path: Path) -> dict:
             raise
         why = f"{error}; {best.name} beside it is intact: copy it over {path.name} to use it"
         raise InputError(why) from None
+    state["path"] = str(path)
     state["folder"] = str(path.parent)
     return state
 
@@ -204,8 +216,6 @@ def is_intact(path: Path) -> bool:
 def load(path: Path) -> dict:
     """Load a checkpoint; raises InputError, which says what is wrong with it."""
     try:
-        if not is_zipfile(path.open("rb")):
-            raise InputError(f"{path}: damaged, or not a checkpoint at all")
         with ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums, which torch.load doesn't
         if damaged is not None:
@@ -219,13 +229,30 @@ def load(path: Path) -> dict:
     except pickle.UnpicklingError:
         why = "holds more than weights and settings; not loaded, because that could run code"
         raise InputError(f"{path}: {why}") from None
-    except (RuntimeError, BadZipFile, EOFError, KeyError) as error:
+    except Exception as error:  # which class it has depends on the damage
         raise InputError(f"{path}: damaged, or not a checkpoint at all ({error})") from None
     for name, kind in CONTENTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             why = f"not a checkpoint of this course (it lacks {name!r})"
             raise InputError(f"{path}: {why}")
+    try:
+        check_contents(state)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({error})") from None
     return state
+
+
+def check_contents(state: dict) -> None:
+    """Raise an error, of one class or another, if part of a checkpoint can't be what it should."""
+    torch.Generator().set_state(state["random_state"])
+    if state["step"] < 0:
+        raise ValueError(f"its step is {state['step']}")
+    for entry in state["log"]:
+        if not isinstance(entry, dict):
+            raise TypeError(f"its log has {entry!r}")
+        numbers = [entry.get(name) for name in ("train_loss", "val_loss", "tokens_per_second")]
+        if type(entry.get("step")) is not int or {type(n) for n in numbers} != {float}:
+            raise ValueError(f"its log has {entry}")
 
 
 def load_weights(model: torch.nn.Module, state: dict) -> None:
@@ -234,10 +261,10 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
     try:
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError, AttributeError):
-        why = f"damaged: its weights don't fit its settings {state['config']}"
+        why = "damaged: its weights don't fit its settings"
         if state["script"] != script:
             why = f"written by {state['script']}.py, whose model has other weights; use that script"
-        raise InputError(f"{state['folder']}: {why}") from None
+        raise InputError(f"{state['path']}: {why}") from None
 
 
 def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -249,10 +276,18 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
     groups = optimizer.state_dict()["param_groups"]
     try:
         optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
-        for parameter, averages in optimizer.state.items():
-            for name, value in averages.items():
-                if name != "step" and value.shape != parameter.shape:
-                    raise ValueError(f"{name} has shape {tuple(value.shape)}")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if state["step"] > 0:
+                    check_averages(optimizer.state[parameter], parameter)
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = f"damaged: the optimizer's averages don't fit ({error})"
-        raise InputError(f"{state['folder']}: {why}") from None
+        raise InputError(f"{state['path']}: {why}") from None
+
+
+def check_averages(averages: dict, parameter: torch.Tensor) -> None:
+    """Raise ValueError if AdamW's averages of a parameter's gradient don't have its shape."""
+    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    for name, shape in shapes.items():
+        if averages[name].shape != shape or averages[name].is_sparse:
+            raise ValueError(f"{name} has shape {tuple(averages[name].shape)}")

@@ -32,8 +32,9 @@ def command_line() -> Iterator[None]:
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        signal.signal(signal.SIGTERM, terminate)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # no other may handle signals
+        previous = signal.signal(signal.SIGTERM, terminate)
     try:
         yield
     except Terminated:
@@ -52,6 +53,9 @@ def command_line() -> Iterator[None]:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
             raise
         exit_with_error("out of memory; try a smaller --batch_size, --block_size or --n_embd")
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, previous)
 
 
 def exit_with_error(message: str) -> None:
@@ -95,10 +99,12 @@ def read_flags(
     flags = vars(make_parser(config_class, lesson).parse_args(argv))  # only the flags given
     saved = check_saved(config_class, saved or {})
     for name in fixed:
+        if name not in saved:
+            raise InputError(f"the checkpoint has no setting {name}; it is damaged")
         if flags.get(name, saved[name]) != saved[name]:
             why = f"the checkpoint has {saved[name]}, which can't be changed; leave the flag out"
             raise InputError(f"--{name} {flags[name]}: {why}")
-    if "device" not in flags and not is_usable(saved.get("device", "")):
+    if "device" not in flags and ("device" not in saved or not is_usable(saved["device"])):
         flags["device"] = best_device()
     flags = saved | flags
     if not is_usable(flags["device"]):
@@ -121,7 +127,8 @@ def check_saved(config_class: type, saved: dict[str, Any]) -> dict[str, Any]:
         value = saved[f.name]
         if f.type is float and type(value) is int:
             value = float(value)
-        if type(value) is not f.type:
+        choices = f.metadata["choices"] or [value]
+        if type(value) is not f.type or value not in choices:
             raise InputError(f"the checkpoint's setting {f.name} is {value!r}; it is damaged")
         known[f.name] = value
     return known

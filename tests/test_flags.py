@@ -165,7 +165,6 @@ def test_a_fixed_setting_can_be_repeated_but_not_changed():
         read("--kind", "one", saved=SAVED, fixed=fixed)
 
 
-@pytest.mark.xfail(strict=True, raises=KeyError, reason="a traceback")
 def test_a_checkpoint_without_a_fixed_setting_is_refused():
     with pytest.raises(data.InputError, match="size"):
         read(saved={"rate": 0.25}, fixed=["size"])

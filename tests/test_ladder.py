@@ -84,6 +84,7 @@ COURSE = {
             "make_optimizer",
             "learning_rate_at",
             "shorten_warmup",
+            "in_units",
         ],
         "changes": [
             "from dataclasses",

@@ -249,12 +249,16 @@ def test_a_run_ends_with_its_validation_loss_in_three_units(corpus, capsys):
     lines = capsys.readouterr().out.splitlines()
     found = re.fullmatch(
         r"validation loss (\d\.\d{4}) nats per character, "
-        r"perplexity (\d+\.\d\d), (\d\.\d{3}) bits per character",
+        r"(\d\.\d{3}) bits, perplexity (\d+\.\d\d)",
         lines[3],
     )
-    loss, perplexity, bits = map(float, found.groups())
+    loss, bits, perplexity = map(float, found.groups())
     assert f"val loss {loss:.4f}, " in lines[2]
     assert lines[2].startswith("step 3: ")
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
     assert bits == pytest.approx(loss / math.log(2), abs=1e-3)
     assert lines[4].startswith("The ")
+
+
+def test_an_enormous_loss_has_a_perplexity_too():
+    assert v6c.in_units(1e6).startswith("1000000.0000 nats per character, ")
