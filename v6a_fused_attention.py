@@ -10,7 +10,8 @@ What changes is how they are computed. The fused kernel (Dao et al. 2022) goes t
 scores of a head piece by piece and never stores them all, so the memory for attention grows with T
 instead of T * T. It adds up numbers in another order, so the results agree except for rounding.
 
-With dropout, PyTorch's CPU kernel can't be used, and attention needs T * T memory again.
+On a CPU, the fused kernel has no dropout, so with dropout, attention needs T * T memory again.
+The same seed gives other initial weights than v5's, because they are drawn as one matrix.
 
 New here: query_key_value and scaled_dot_product_attention, which replace Head.
 Run it:   python v6a_fused_attention.py
@@ -77,14 +78,16 @@ class MultiHeadAttention(nn.Module):
         B, T, n_embd = x.shape
         query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
-        # the last two dimensions and treats those before them alike.
+        # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        # The call below is a function, so model.eval() doesn't switch off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
         )
+        # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
         return self.dropout(self.projection(x))  # (B, T, n_embd)
 

@@ -1,17 +1,19 @@
-"""v6b_fast.py: the same model, trained with less computation and less waiting.
+"""v6b_fast.py: the same model, trained faster.
 
 Nothing here changes what is computed, except for rounding:
 
 - Autocast runs matmuls in bfloat16, with 8 significant bits instead of float32's 24, where the
-  hardware supports it (Kalamkar et al. 2019). It is several times faster and takes half the memory.
-  Weights, sums of residual connections, gradients of weights and losses stay in float32, because
-  adding a small number to a large one in bfloat16 often changes nothing.
+  hardware supports it (Kalamkar et al. 2019). They are several times faster, and their inputs and
+  outputs take half the memory. Weights, sums of residual connections and losses stay in float32,
+  because adding a small number to a large one in bfloat16 often changes nothing.
 - torch.compile fuses chains of small operations into single GPU kernels, so that less data travels
   between the GPU's memory and its cores. On a CPU it brings nothing here, so it is off by default.
-- fused=True updates all weights in a few large operations instead of several for each tensor.
-- Batches go to a GPU from pinned memory, which lets the copy run while the GPU computes.
+- fused=True makes one pass over the weights in each update, instead of one for each operation in
+  AdamW's formula.
+- Batches are copied to a GPU from pinned memory, so that Python goes on instead of waiting.
 
-The log now shows the training speed, without loss estimates and the first step, which compiles.
+The log now shows tokens/s, not counting loss estimates and the first step, in which the model is
+compiled.
 
 New here: choose_dtype, autocast, get_batch, --dtype, --compile, fused=True, tokens/s in the log.
 Run it:   python v6b_fast.py
@@ -70,7 +72,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     """
     supported = data.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
-        why = f"the hardware of {cfg.device} doesn't support it; use --dtype float32"
+        why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
     if cfg.dtype == "auto" and supported:
         # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
@@ -80,7 +82,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; all else stays in float32."""
+    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
     enabled = choose_dtype(cfg) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
@@ -106,14 +108,16 @@ class MultiHeadAttention(nn.Module):
         B, T, n_embd = x.shape
         query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
-        # the last two dimensions and treats those before them alike.
+        # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        # The call below is a function, so model.eval() doesn't switch off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
         )
+        # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
         return self.dropout(self.projection(x))  # (B, T, n_embd)
 
@@ -237,7 +241,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
 
 
 def wait_for(device: str) -> None:
-    """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
+    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
     torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
 
 
@@ -252,7 +256,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, fused=True)
     if cfg.compile:
         data.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model
+    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     warming_up = True
     clock_step, clock_start = 0, time.perf_counter()

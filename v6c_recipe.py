@@ -1,6 +1,6 @@
-"""v6c_recipe.py: the same model, trained by the recipe of real training runs.
+"""v6c_recipe.py: the same model, trained with the recipe of large models.
 
-Its five parts are those of GPT-3 (Brown et al. 2020, appendix B), in numbers for a small model:
+Its parts follow GPT-3's (Brown et al. 2020, appendix B), with values for a small model:
 
 - Warm-up: the learning rate rises linearly over the first steps, while Adam's averages of the
   gradients still come from few batches.
@@ -15,8 +15,8 @@ Defaults that change: learning_rate rises from 2e-3 to 3e-3 on the CPU, the best
 tried, and from 3e-4 to 1e-3 on a GPU; weight_decay rises from AdamW's 0.01 to 0.1, and on the CPU
 to 0.3, which was better still; eval_iters rises to 75 on the CPU, for the whole validation split.
 
-New here: make_optimizer, learning_rate_at, clipping, loss estimates on fixed windows,
-          perplexity and bits per character at the end.
+New here: make_optimizer, learning_rate_at, clipping, loss estimates on fixed windows, and the
+          loss in three units at the end.
 Run it:   python v6c_recipe.py
 Expect:   a validation loss of about 1.59 with the CPU defaults; v6b_fast.py reaches 1.68.
 Diff:     git diff --no-index v6b_fast.py v6c_recipe.py
@@ -54,7 +54,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
-    eval_iters: int = setting("most batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", gpu=1337, cpu=1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
@@ -75,7 +75,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     """
     supported = data.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
-        why = f"the hardware of {cfg.device} doesn't support it; use --dtype float32"
+        why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
     if cfg.dtype == "auto" and supported:
         # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
@@ -85,7 +85,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; all else stays in float32."""
+    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
     enabled = choose_dtype(cfg) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
@@ -111,14 +111,16 @@ class MultiHeadAttention(nn.Module):
         B, T, n_embd = x.shape
         query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
-        # the last two dimensions and treats those before them alike.
+        # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        # The call below is a function, so model.eval() doesn't switch off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
         )
+        # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
         return self.dropout(self.projection(x))  # (B, T, n_embd)
 
@@ -229,14 +231,15 @@ def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Return the mean loss in nats over the same windows each time, so that losses compare.
+    """Return the mean loss in nats over the same windows each time, to make estimates comparable.
 
-    The windows lie side by side and cover a small split. Of a larger one, they are a sample of
-    eval_iters batches, evenly spread.
+    The windows lie side by side and cover the split or, if it is larger than eval_iters batches,
+    are spread evenly over it.
     """
     model.eval()  # switches off dropout, which v5 introduces
     n_windows = (len(tokens) - 1) // cfg.block_size
     n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
+    # The numbers of the windows, evenly spread; all of them if n_chosen is n_windows.
     chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
@@ -270,7 +273,7 @@ def learning_rate_at(step: int, cfg: Config) -> float:
 
 
 def shorten_warmup(cfg: Config) -> Config:
-    """Return the settings, with a warm-up of a tenth of the run if it would take up most of it."""
+    """Cut a warm-up that would take more than half of the run down to a tenth of the run."""
     if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
         return cfg
     n = cfg.max_iters // 10
@@ -280,7 +283,7 @@ def shorten_warmup(cfg: Config) -> Config:
 
 
 def wait_for(device: str) -> None:
-    """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
+    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
     torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
 
 
@@ -296,7 +299,7 @@ def train(
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
         data.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model
+    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     warming_up = True
     clock_step, clock_start = 0, time.perf_counter()
@@ -339,7 +342,10 @@ def train(
 
 
 def in_units(loss: float) -> str:
-    """Return a loss, in nats per character, also in bits per character and as perplexity."""
+    """Return a loss, in nats per character, also in bits per character and as perplexity.
+
+    Perplexity is exp(loss): the model is as unsure as if it guessed among that many characters.
+    """
     perplexity = math.exp(min(loss, 700))  # more would overflow
     bits = loss / math.log(2)
     return f"{loss:.4f} nats per character, {bits:.3f} bits, perplexity {perplexity:.4g}"

@@ -4,11 +4,12 @@ A checkpoint holds everything that the rest of a run depends on: the weights, th
 averages, the number of steps taken (which sets the learning rate) and the state of the random
 number generator (which draws the batches and the dropout). A run that continues from there takes
 exactly the steps that it would have taken: on a CPU, the weights are the same to the last bit. (On
-a GPU, sums come out a little different each time, and dropout has a generator of its own.)
+a GPU, sums are rounded in a varying order, and the GPU's own generator for dropout isn't saved.)
 
-Each run has a folder in out/, and every checkpoint holds the settings and the vocabulary:
+By default, each run gets a new folder in out/. A checkpoint also holds the settings and the
+characters, so --resume and --sample_only need no other flags.
 
-    latest.pt    the state at the last loss estimate, or when the run was stopped with Ctrl-C
+    latest.pt    the state after the last loss estimate, or when the run was stopped with Ctrl-C
     best.pt      the state with the lowest validation loss; the sample comes from it
     log.jsonl    one line of JSON for each loss estimate
 
@@ -16,7 +17,7 @@ A file is replaced once the new one is complete, so a crash or a full disk can't
 
 New here: save_checkpoint, --out_dir, --resume, --sample_only, Ctrl-C that saves.
 Run it:   python v6d_checkpoints.py
-          python v6d_checkpoints.py --resume
+          python v6d_checkpoints.py --resume          # after Ctrl-C, or with more --max_iters
           python v6d_checkpoints.py --sample_only --prompt "ROMEO:"
 Expect:   a validation loss of about 1.59 with the CPU defaults, as in v6c_recipe.py.
 Diff:     git diff --no-index v6c_recipe.py v6d_checkpoints.py
@@ -55,7 +56,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
-    eval_iters: int = setting("most batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", gpu=1337, cpu=1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
@@ -68,8 +69,8 @@ class Config:
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
-    resume: bool = setting("continue the newest run, or that in --out_dir", gpu=False, cpu=False)
-    sample_only: bool = setting("only sample, from its best weights", gpu=False, cpu=False)
+    resume: bool = setting("continue the newest run, or that of --out_dir", gpu=False, cpu=False)
+    sample_only: bool = setting("only sample, from the best weights of a run", gpu=False, cpu=False)
 
 
 # The settings that determine the shapes of the weights.
@@ -83,7 +84,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     """
     supported = data.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
-        why = f"the hardware of {cfg.device} doesn't support it; use --dtype float32"
+        why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
     if cfg.dtype == "auto" and supported:
         # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
@@ -93,7 +94,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; all else stays in float32."""
+    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
     enabled = choose_dtype(cfg) == torch.bfloat16
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
@@ -119,14 +120,16 @@ class MultiHeadAttention(nn.Module):
         B, T, n_embd = x.shape
         query, key, value = self.query_key_value(x).split(n_embd, dim=-1)  # (B, T, n_embd) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
-        # the last two dimensions and treats those before them alike.
+        # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
+        # The call below is a function, so model.eval() doesn't switch off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
         )
+        # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
         return self.dropout(self.projection(x))  # (B, T, n_embd)
 
@@ -237,14 +240,15 @@ def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tens
 
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Return the mean loss in nats over the same windows each time, so that losses compare.
+    """Return the mean loss in nats over the same windows each time, to make estimates comparable.
 
-    The windows lie side by side and cover a small split. Of a larger one, they are a sample of
-    eval_iters batches, evenly spread.
+    The windows lie side by side and cover the split or, if it is larger than eval_iters batches,
+    are spread evenly over it.
     """
     model.eval()  # switches off dropout, which v5 introduces
     n_windows = (len(tokens) - 1) // cfg.block_size
     n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
+    # The numbers of the windows, evenly spread; all of them if n_chosen is n_windows.
     chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
@@ -280,7 +284,7 @@ def learning_rate_at(step: int, cfg: Config) -> float:
 
 
 def shorten_warmup(cfg: Config) -> Config:
-    """Return the settings, with a warm-up of a tenth of the run if it would take up most of it."""
+    """Cut a warm-up that would take more than half of the run down to a tenth of the run."""
     if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
         return cfg
     n = cfg.max_iters // 10
@@ -297,9 +301,9 @@ def save_checkpoint(
     if run is None:
         return
     state = {
-        **run,  # the folder, the script and its settings, the tokenizer, the text
+        **run,  # the folder, the script, the settings, the characters, a checksum of the text
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],
+        "optimizer": optimizer.state_dict()["state"],  # the averages
         "step": step,
         "random_state": torch.get_rng_state(),
         "log": log,
@@ -308,7 +312,7 @@ def save_checkpoint(
 
 
 def wait_for(device: str) -> None:
-    """Wait until a GPU has done all that Python asked of it; Python itself runs ahead."""
+    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
     torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
 
 
@@ -319,14 +323,14 @@ def train(
     """Train the model; return the history as (step, train loss, validation loss), in nats.
 
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
-    without it, nothing is saved. state: the checkpoint to go on from.
+    without it, nothing is saved. state: the checkpoint to continue from.
     """
     data.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
         data.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model
+    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
@@ -391,7 +395,10 @@ def train(
 
 
 def in_units(loss: float) -> str:
-    """Return a loss, in nats per character, also in bits per character and as perplexity."""
+    """Return a loss, in nats per character, also in bits per character and as perplexity.
+
+    Perplexity is exp(loss): the model is as unsure as if it guessed among that many characters.
+    """
     perplexity = math.exp(min(loss, 700))  # more would overflow
     bits = loss / math.log(2)
     return f"{loss:.4f} nats per character, {bits:.3f} bits, perplexity {perplexity:.4g}"
@@ -404,11 +411,12 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         if cfg.resume or cfg.sample_only:
             state = data.find_checkpoint(cfg)
-            cfg = data.read_flags(Config, __doc__, argv, state["config"], SIZES)
+            # Now its settings take the place of the defaults.
+            cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 
-        text = state["characters"] if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(state["characters"] if state else text)
+        text = "" if cfg.sample_only else data.load_text(cfg.data)
+        tokenizer = data.CharTokenizer(text if state is None else state["characters"])
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -426,11 +434,11 @@ def main(argv: list[str] | None = None) -> None:
                 train(model, train_data, val_data, cfg, run, state)
             state = data.read_checkpoint(Path(run["folder"], "best.pt"))
             data.load_weights(model, state)
-            val_loss = state["log"][-1]["val_loss"]
+            val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             print(f"validation loss {in_units(val_loss)}")
 
         print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
-        torch.manual_seed(cfg.seed)
+        torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
         sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
         print(tokenizer.decode(sample[0].tolist()))

@@ -1,7 +1,8 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
 The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line,
-hardware.py knows what the hardware can do, and checkpoints.py writes files that survive a crash.
+hardware.py knows what the hardware can do, checkpoints.py writes files that survive a crash, and
+loading.py imports PyTorch.
 """
 
 from data import loading  # noqa: F401, before anything else that imports PyTorch

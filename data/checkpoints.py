@@ -29,33 +29,38 @@ CONTENTS = {
     "log": list,
 }
 
-stop = threading.Event()  # set by the first Ctrl-C during a run
+stop_event = threading.Event()  # set by the first Ctrl-C during a run
 
 
 def describe_run(cfg: Any, file: str, tokenizer: Any, text: str, state: dict | None) -> dict:
-    """What the checkpoints of a run say about it; raises InputError if it can't begin.
+    """Return what every checkpoint of a run says about it.
 
-    cfg: the settings. file: the file of the script. text: the corpus. state: the checkpoint to go
-    on from, or None for a new run, whose folder must not hold another run.
+    cfg: the settings. file: the file of the script. text: the corpus. state: the checkpoint to
+    continue from, or None for a new run. Raises InputError if the run can't start or continue.
     """
     corpus = hashlib.sha256(text.encode("utf-8")).hexdigest()
     if state is None:
         folder = new_folder(cfg.out_dir, Path(file).stem)
     else:
         folder = Path(state["folder"])
-        if state["log"] and not is_intact(folder / "best.pt"):
-            why = "missing or damaged; copy latest.pt over it to go on"
-            raise InputError(f"{folder / 'best.pt'}: {why}")
-        if state["corpus"] != corpus:
-            why = "not the text that this run was trained on; give that one"
-            raise InputError(f"--data {cfg.data}: {why}")
-        if cfg.max_iters < state["step"]:
-            why = f"the run is at step {state['step']} already; leave the flag out, or give more"
-            raise InputError(f"--max_iters {cfg.max_iters}: {why}")
+        check_resumable(cfg, state, corpus)
     return {
         "folder": str(folder), "script": Path(file).stem, "config": asdict(cfg),
         "tokenizer": "char", "characters": "".join(tokenizer.characters), "corpus": corpus,
     }
+
+
+def check_resumable(cfg: Any, state: dict, corpus: str) -> None:
+    """Raise InputError if a run can't continue from state with these settings and this corpus."""
+    best = Path(state["folder"], "best.pt")
+    if state["log"] and not is_intact(best):
+        raise InputError(f"{best}: missing or damaged; copy latest.pt over it to continue")
+    if state["corpus"] != corpus:
+        why = "not the text that this run was trained on; give that one"
+        raise InputError(f"--data {cfg.data}: {why}")
+    if cfg.max_iters < state["step"]:
+        why = f"the run is at step {state['step']} already; leave the flag out, or give more"
+        raise InputError(f"--max_iters {cfg.max_iters}: {why}")
 
 
 def new_folder(out_dir: str, script: str) -> Path:
@@ -77,7 +82,7 @@ def new_folder(out_dir: str, script: str) -> Path:
         why = f"can't use it ({error.strerror}); name another folder"
         raise InputError(f"--out_dir {folder}: {why}") from None
     if is_used:
-        why = "already holds a run; go on with it (--resume) or name another folder"
+        why = "already holds a run; continue it (--resume) or name another folder"
         raise InputError(f"--out_dir {folder}: {why}")
     return folder
 
@@ -104,8 +109,9 @@ def find_checkpoint(cfg: Any) -> dict:
 def running(run: dict) -> Iterator[None]:
     """Make the folder of a run, keep other runs out of it, and note Ctrl-C for stop_requested.
 
-    Whoever asks stop_requested should save and raise KeyboardInterrupt. A second Ctrl-C ends the
-    program at once. Raises InputError if another run is using the folder, or if it can't be made.
+    When stop_requested returns True, the training loop should save and raise KeyboardInterrupt. A
+    second Ctrl-C ends the program at once. Raises InputError if another run is using the folder,
+    or if it can't be made.
     """
     folder = Path(run["folder"])
     print(f"folder: {folder}", file=sys.stderr)
@@ -122,36 +128,36 @@ def running(run: dict) -> Iterator[None]:
 
     received = []
 
-    def note(number: int, _: Any) -> None:
+    def request_stop(number: int, _: Any) -> None:
         received.append(number)
-        stop.set()
+        stop_event.set()
         signal.signal(number, signal.SIG_DFL)
         print("stopping after this step", file=sys.stderr)
 
-    handlers = {}
+    previous_handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other may handle signals
         for number in (signal.SIGINT, signal.SIGTERM):
-            handlers[number] = signal.signal(number, note)
+            previous_handlers[number] = signal.signal(number, request_stop)
     try:
         yield
         if received:  # too late for the run to notice
             raise KeyboardInterrupt
     except KeyboardInterrupt:
         command = f'python {run["script"]}.py --resume --out_dir "{folder}"'
-        print(f"stopped and saved; to go on: {command}", file=sys.stderr)
+        print(f"stopped and saved; to continue: {command}", file=sys.stderr)
         if received == [signal.SIGTERM]:
             raise Terminated from None
         raise
     finally:
-        stop.clear()
-        for number, handler in handlers.items():
+        stop_event.clear()
+        for number, handler in previous_handlers.items():
             signal.signal(number, handler)
         lock.release()
 
 
 def stop_requested() -> bool:
-    """Whether Ctrl-C was pressed, or the system asked the program to end, since running began."""
-    return stop.is_set()
+    """Whether, during the running block, Ctrl-C was pressed or the system sent SIGTERM."""
+    return stop_event.is_set()
 
 
 def write_checkpoint(state: dict, path: Path) -> None:
@@ -169,7 +175,7 @@ def write_log(log: list[dict], path: Path) -> None:
 
 
 def replace_file(path: Path, write: Callable) -> None:
-    """Let write fill a new file, and put it in the place of the one at path once it is complete."""
+    """Call write on a temporary file and, once it is complete, rename that to path."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         with unfinished.open("wb") as file:
@@ -219,7 +225,7 @@ def load(path: Path) -> dict:
         with ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums, which torch.load doesn't
         if damaged is not None:
-            raise InputError(f"{path}: damaged (the checksum of {damaged} is wrong)")
+            raise ValueError(f"the checksum of {damaged} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         why = "no such file; either the run ended before it saved, or this isn't its folder"
@@ -243,16 +249,17 @@ def load(path: Path) -> dict:
 
 
 def check_contents(state: dict) -> None:
-    """Raise an error, of one class or another, if part of a checkpoint can't be what it should."""
+    """Raise RuntimeError, TypeError or ValueError if a part of a checkpoint is impossible."""
     torch.Generator().set_state(state["random_state"])
     if state["step"] < 0:
         raise ValueError(f"its step is {state['step']}")
     for entry in state["log"]:
         if not isinstance(entry, dict):
             raise TypeError(f"its log has {entry!r}")
-        numbers = [entry.get(name) for name in ("train_loss", "val_loss", "tokens_per_second")]
-        if type(entry.get("step")) is not int or {type(n) for n in numbers} != {float}:
-            raise ValueError(f"its log has {entry}")
+        types = {"step": int, "train_loss": float, "val_loss": float, "tokens_per_second": float}
+        for name, kind in types.items():
+            if type(entry.get(name)) is not kind:
+                raise ValueError(f"its log has {entry}")
 
 
 def load_weights(model: torch.nn.Module, state: dict) -> None:

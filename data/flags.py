@@ -127,8 +127,9 @@ def check_saved(config_class: type, saved: dict[str, Any]) -> dict[str, Any]:
         value = saved[f.name]
         if f.type is float and type(value) is int:
             value = float(value)
-        choices = f.metadata["choices"] or [value]
-        if type(value) is not f.type or value not in choices:
+        choices = f.metadata["choices"]
+        is_possible = choices is None or value in choices
+        if type(value) is not f.type or not is_possible:
             raise InputError(f"the checkpoint's setting {f.name} is {value!r}; it is damaged")
         known[f.name] = value
     return known

@@ -14,7 +14,7 @@ M_MMAP_MAX = -4
 
 
 def supports_bfloat16(device: str) -> bool:
-    """Whether the hardware itself multiplies matrices in bfloat16; emulation would be slower."""
+    """Whether a CUDA GPU or a CPU multiplies matrices in bfloat16 itself; no for other devices."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.startswith("cpu") and hasattr(torch.cpu, "get_capabilities"):
@@ -41,8 +41,8 @@ def keep_freed_memory() -> None:
     """On Linux, keep the memory of freed tensors for the next ones.
 
     By default, glibc returns every large block to the system, which must fill each page with zeros
-    before the next tensor can have it. At full size on a CPU, that takes 5 to 15% of the time of a
-    training step (docs/measurements.md).
+    before the next tensor can have it. At full size on a CPU, that takes more than a tenth of a
+    training step (docs/part2.md).
     """
     if sys.platform != "linux":
         return

@@ -1,22 +1,21 @@
-"""Import the libraries, which takes a second or more, so that Ctrl-C meanwhile isn't a traceback.
+"""Import the slow libraries in such a way that Ctrl-C during the import ends the program quietly.
 
-PyTorch might even end with an abort in its C++ code. With the system's own handler, the program
-simply ends.
+With Python's own handler, it would end in a traceback, or even in an abort of PyTorch's C++ code.
 """
 
 import signal
+import threading
 
+in_main_thread = threading.current_thread() is threading.main_thread()  # no other sets handlers
 handler = signal.getsignal(signal.SIGINT)
-try:
-    if handler is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-except ValueError:  # only the main thread can set a handler
-    handler = None
+is_python_handler = in_main_thread and handler is signal.default_int_handler
+if is_python_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import filelock  # noqa: E402, F401
 import numpy  # noqa: E402, F401, ICN001
 import torch  # noqa: E402, F401
 import tqdm  # noqa: E402, F401
 
-if handler is signal.default_int_handler:
+if is_python_handler:
     signal.signal(signal.SIGINT, handler)

@@ -340,7 +340,7 @@ def test_a_signal_is_noted_once_and_then_ends_the_program(tmp_path, capsys, numb
     assert not data.stop_requested()
     assert stop.type is (KeyboardInterrupt if number == signal.SIGINT else flags.Terminated)
     command = f'python v6d_checkpoints.py --resume --out_dir "{tmp_path}"'
-    lines = ["stopping after this step", f"stopped and saved; to go on: {command}"]
+    lines = ["stopping after this step", f"stopped and saved; to continue: {command}"]
     assert capsys.readouterr().err.splitlines() == [f"folder: {tmp_path}", *lines]
 
 

@@ -169,7 +169,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(
             v6d.main(flags(corpus, out_dir=folder, **LONG))
     assert stop.value.code == (130 if number == signal.SIGINT else 143)
     command = f'python v6d_checkpoints.py --resume --out_dir "{folder}"'
-    assert capsys.readouterr().err.endswith(f"\nstopped and saved; to go on: {command}\n")
+    assert capsys.readouterr().err.endswith(f"\nstopped and saved; to continue: {command}\n")
     assert saved(folder)["step"] == last_step
     v6d.main(["--resume", "--out_dir", str(folder)])
     assert_same_run(folder, straight_run)
