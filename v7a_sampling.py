@@ -95,7 +95,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
         raise data.InputError(f"--dtype bfloat16: {why}")
     if cfg.dtype == "auto" and supported:
         # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 256
+        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
         return torch.float32 if is_narrow else torch.bfloat16
     return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
 

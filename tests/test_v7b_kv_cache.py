@@ -182,11 +182,11 @@ def test_a_checkpoint_of_v7a_gives_the_text_of_v7a(corpus, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("n_embd", "dtype", "supported", "expected"),
     [
-        (256, "auto", True, torch.bfloat16),
+        (128, "auto", True, torch.bfloat16),
         (18, "bfloat16", True, torch.bfloat16),
         (18, "auto", True, torch.float32),
-        (256, "float32", True, torch.float32),
-        (256, "auto", False, torch.float32),
+        (128, "float32", True, torch.float32),
+        (128, "auto", False, torch.float32),
     ],
 )
 def test_weights_have_the_dtype_of_the_matmuls_while_sampling(
