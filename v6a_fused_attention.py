@@ -237,7 +237,7 @@ def main(argv: list[str] | None = None) -> None:
 
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 

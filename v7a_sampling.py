@@ -501,7 +501,7 @@ def main(argv: list[str] | None = None) -> None:
             data.load_weights(model, state)
         if not cfg.sample_only:
             run = data.describe_run(cfg, __file__, tokenizer, text, state)
-            train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size)
+            train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with data.running(run):

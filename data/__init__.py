@@ -56,16 +56,19 @@ class CharTokenizer:
         return "".join(self.characters[token] for token in tokens)
 
 
-def split(tokens: list[int], block_size: int) -> tuple[np.ndarray, np.ndarray]:
+def split(
+    tokens: list[int], block_size: int, name: str = "corpus"
+) -> tuple[np.ndarray, np.ndarray]:
     """The first 90% of the tokens for training and the last 10% for validation, as uint16.
 
-    Raises InputError if the last 10% are too short for a window and its targets.
+    Raises InputError, with the name of the corpus, if the last 10% are too short for a window and
+    its targets.
     """
     n = len(tokens)
     needed = 10 * block_size + 1  # then the last 10% are block_size + 1 tokens
     if n < needed:
         why = f"{n:,} tokens are too few for --block_size {block_size}, which needs {needed:,}"
-        raise InputError(f"--data: {why}; use a longer text or a smaller --block_size")
+        raise InputError(f"--data {name}: {why}; use a longer text or a smaller --block_size")
     array = np.asanyarray(tokens, dtype=np.uint16)  # (n,)
     n_train = n * 9 // 10
     return array[:n_train], array[n_train:]

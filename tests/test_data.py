@@ -78,3 +78,8 @@ def test_the_seed_decides_the_batches():
         draws.append(data.get_batch(tokens, 4, 8, "cpu")[0])
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2])
+
+
+def test_a_text_that_is_too_short_is_named():
+    with pytest.raises(data.InputError, match="^--data my.txt: 50 tokens are too few"):
+        data.split(list(range(50)), 5, "my.txt")
