@@ -368,7 +368,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
         if data.stop_requested():
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
         with autocast(cfg):
