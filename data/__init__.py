@@ -1,8 +1,8 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
 The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line,
-hardware.py knows what the hardware can do, checkpoints.py writes files that survive a crash, and
-loading.py imports PyTorch.
+hardware.py knows what the hardware can do, checkpoints.py writes files that survive a crash,
+token_files.py keeps texts as files of token ids, and loading.py imports PyTorch.
 """
 
 from data import loading  # noqa: F401, before anything else that imports PyTorch
@@ -20,20 +20,32 @@ from data.checkpoints import (
 from data.corpora import load_text
 from data.flags import InputError, command_line, read_flags, setting
 from data.hardware import check_compiler, has_triton, keep_freed_memory, supports_bfloat16
+from data.processes import device_of_process, joined_processes, n_processes, process_rank
+from data.token_files import (
+    TokenFile,
+    checksum,
+    choose_tokenizer,
+    load_splits,
+    load_tokens,
+)
 
 import numpy as np
 import torch
 
 __all__ = [
-    "CharTokenizer", "InputError", "check_compiler", "command_line", "describe_run",
-    "find_checkpoint", "get_batch", "get_windows", "has_triton", "keep_freed_memory",
-    "load_averages", "load_text", "load_weights", "read_checkpoint", "read_flags", "running",
-    "setting", "split", "stop_requested", "supports_bfloat16", "write_checkpoint", "write_log",
+    "CharTokenizer", "InputError", "TokenFile", "check_compiler", "checksum", "choose_tokenizer",
+    "command_line", "describe_run", "device_of_process", "find_checkpoint", "get_batch",
+    "get_windows", "has_triton", "joined_processes", "keep_freed_memory", "load_averages",
+    "load_splits", "load_text", "load_tokens", "load_weights", "n_processes", "process_rank",
+    "read_checkpoint", "read_flags", "running", "setting", "split", "stop_requested",
+    "supports_bfloat16", "write_checkpoint", "write_log",
 ]
 
 
 class CharTokenizer:
     """One token for each distinct character of a text, with the methods of tiktoken's encodings."""
+
+    name = "char"
 
     def __init__(self, text: str) -> None:
         # A sample starts with a newline by default, so "\n" gets an id even if the text has none.
@@ -57,9 +69,11 @@ class CharTokenizer:
 
 
 def split(
-    tokens: list[int], block_size: int, name: str = "corpus"
+    tokens: list[int] | np.ndarray | TokenFile, block_size: int, name: str = "corpus"
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first 90% of the tokens for training and the last 10% for validation, as uint16.
+
+    Parts of a TokenFile are TokenFiles, which can be indexed like arrays.
 
     Raises InputError, with the name of the corpus, if the last 10% are too short for a window and
     its targets.
@@ -69,9 +83,10 @@ def split(
     if n < needed:
         why = f"{n:,} tokens are too few for --block_size {block_size}, which needs {needed:,}"
         raise InputError(f"--data {name}: {why}; use a longer text or a smaller --block_size")
-    array = np.asanyarray(tokens, dtype=np.uint16)  # (n,)
+    if isinstance(tokens, list):
+        tokens = np.array(tokens, dtype=np.uint16)  # (n,)
     n_train = n * 9 // 10
-    return array[:n_train], array[n_train:]
+    return tokens[:n_train], tokens[n_train:]
 
 
 def get_batch(

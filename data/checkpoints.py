@@ -16,6 +16,7 @@ from typing import Any
 from zipfile import ZipFile
 
 from data.flags import InputError, Terminated
+from data.processes import n_processes, process_rank
 
 import torch
 from filelock import FileLock, Timeout
@@ -32,13 +33,14 @@ CONTENTS = {
 stop_event = threading.Event()  # set by the first Ctrl-C during a run
 
 
-def describe_run(cfg: Any, file: str, tokenizer: Any, text: str, state: dict | None) -> dict:
+def describe_run(cfg: Any, file: str, tokenizer: Any, corpus: str, state: dict | None) -> dict:
     """Return what every checkpoint of a run says about it.
 
-    cfg: the settings. file: the file of the script. text: the corpus. state: the checkpoint to
-    continue from, or None for a new run. Raises InputError if the run can't start or continue.
+    cfg: the settings. file: the file of the script. corpus: the text, or checksums of its tokens.
+    state: the checkpoint to continue from, or None for a new run. Raises InputError if the run
+    can't start or continue.
     """
-    corpus = hashlib.sha256(text.encode("utf-8")).hexdigest()
+    corpus = hashlib.sha256(corpus.encode("utf-8")).hexdigest()
     if state is None:
         folder = new_folder(cfg.out_dir, Path(file).stem)
     else:
@@ -46,7 +48,7 @@ def describe_run(cfg: Any, file: str, tokenizer: Any, text: str, state: dict | N
         check_resumable(cfg, state, corpus)
     return {
         "folder": str(folder), "script": Path(file).stem, "config": asdict(cfg),
-        "tokenizer": "char", "characters": "".join(tokenizer.characters), "corpus": corpus,
+        "tokenizer": tokenizer.name, "characters": "".join(tokenizer.characters), "corpus": corpus,
     }
 
 
@@ -117,8 +119,9 @@ def running(run: dict) -> Iterator[None]:
     print(f"folder: {folder}", file=sys.stderr)
     lock = FileLock(folder / "lock")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
+        if process_rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
     except Timeout:
         why = "another run is using it; wait until it ends, or name another folder"
         raise InputError(f"--out_dir {folder}: {why}") from None
@@ -131,7 +134,8 @@ def running(run: dict) -> Iterator[None]:
     def request_stop(number: int, _: Any) -> None:
         received.append(number)
         stop_event.set()
-        signal.signal(number, signal.SIG_DFL)
+        if n_processes() == 1:  # torchrun repeats each signal, and ends what takes too long
+            signal.signal(number, signal.SIG_DFL)
         print("stopping after this step", file=sys.stderr)
 
     previous_handlers = {}
@@ -145,7 +149,7 @@ def running(run: dict) -> Iterator[None]:
     except KeyboardInterrupt:
         command = f'python {run["script"]}.py --resume --out_dir "{folder}"'
         print(f"stopped and saved; to continue: {command}", file=sys.stderr)
-        if received == [signal.SIGTERM]:
+        if received[:1] == [signal.SIGTERM]:
             raise Terminated from None
         raise
     finally:
@@ -174,9 +178,15 @@ def write_log(log: list[dict], path: Path) -> None:
     replace_file(path, lambda unfinished: unfinished.write(lines.encode("utf-8")))
 
 
-def replace_file(path: Path, write: Callable) -> None:
-    """Call write on a temporary file and, once it is complete, rename that to path."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+def replace_file(
+    path: Path, write: Callable, flag: str = "--out_dir", ending: str = "unfinished"
+) -> None:
+    """Call write on a temporary file and, once it is complete, rename that to path.
+
+    Raises InputError, naming flag, if it can't be written; then the old file stays as it was.
+    ending: that of the temporary file, if other programs may be writing the same file.
+    """
+    unfinished = path.with_name(f"{path.name}.{ending}")
     try:
         with unfinished.open("wb") as file:
             write(file)
@@ -185,7 +195,7 @@ def replace_file(path: Path, write: Callable) -> None:
         unfinished.replace(path)
     except (OSError, RuntimeError) as error:  # PyTorch reports some write errors as RuntimeError
         why = f"can't save {path.name} ({error}); the files that were there are intact"
-        raise InputError(f"--out_dir {path.parent}: {why}") from None
+        raise InputError(f"{flag} {path.parent}: {why}") from None
     finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)

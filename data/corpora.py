@@ -3,6 +3,8 @@
 import socket
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.flags import InputError
@@ -66,9 +68,23 @@ def python_library() -> str:
 
 def read_text_file(path: Path, flag: str) -> str:
     """Return the contents of a UTF-8 text file; raises InputError, naming flag, if it isn't one."""
-    try:
+    with reading(path, flag):
         # utf-8-sig skips the byte order mark that Windows programs may put at the start.
         text = path.read_text(encoding="utf-8-sig")
+    if not text:
+        raise InputError(f"{flag} {path}: the file is empty; use a text with characters in it")
+    if "\0" in text:
+        raise InputError(f"{flag} {path}: a binary file; give the path of a text file")
+    return text
+
+
+@contextmanager
+def reading(path: Path, flag: str) -> Iterator[None]:
+    """Run the block, which reads a text file; turn its errors into InputError, naming flag."""
+    try:
+        yield
+    except InputError:
+        raise
     except UnicodeDecodeError:
         raise InputError(f"{flag} {path}: not UTF-8 text; save it as UTF-8") from None
     except OSError as error:  # not there, a folder, no permission, ...
@@ -76,8 +92,3 @@ def read_text_file(path: Path, flag: str) -> str:
         raise InputError(f"{flag} {path}: {why}; give the path of a text file") from None
     except ValueError as error:  # a path that no system allows
         raise InputError(f"{flag} {path}: {error}; give the path of a text file") from None
-    if not text:
-        raise InputError(f"{flag} {path}: the file is empty; use a text with characters in it")
-    if "\0" in text:
-        raise InputError(f"{flag} {path}: a binary file; give the path of a text file")
-    return text

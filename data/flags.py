@@ -28,7 +28,13 @@ def terminate(*_: Any) -> None:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run the block inside; report a user's mistake in one line and exit with status 2."""
+    """Run the block inside; report a user's mistake in one line and exit with status 2.
+
+    Of several processes started by torchrun, only the first prints.
+    """
+    from data.processes import mute  # here, because processes.py imports this file
+
+    mute()
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -100,9 +106,9 @@ def read_flags(
     saved = check_saved(config_class, saved or {})
     for name in fixed:
         if name not in saved:
-            raise InputError(f"the checkpoint has no setting {name}; it is damaged")
+            raise InputError(f"the checkpoint has no setting {name}; use the script that wrote it")
         if flags.get(name, saved[name]) != saved[name]:
-            why = f"the checkpoint has {saved[name]}, which can't be changed; leave the flag out"
+            why = f"the checkpoint has {saved[name]!r}, which can't be changed; leave the flag out"
             raise InputError(f"--{name} {flags[name]}: {why}")
     if "device" not in flags and ("device" not in saved or not is_usable(saved["device"])):
         flags["device"] = best_device()
@@ -128,7 +134,7 @@ def check_saved(config_class: type, saved: dict[str, Any]) -> dict[str, Any]:
         if f.type is float and type(value) is int:
             value = float(value)
         choices = f.metadata["choices"]
-        is_possible = choices is None or value in choices
+        is_possible = choices is None or value in choices or value == f.default
         if type(value) is not f.type or not is_possible:
             raise InputError(f"the checkpoint's setting {f.name} is {value!r}; it is damaged")
         known[f.name] = value

@@ -31,7 +31,10 @@ PARENTS = {
     "v6d_checkpoints": "v6c_recipe",
     "v7a_sampling": "v6d_checkpoints",
     "v7b_kv_cache": "v7a_sampling",
-    "v9_gpt2": "v7b_kv_cache",
+    "v8a_bpe": "v7b_kv_cache",
+    "v8b_gpt2": "v8a_bpe",
+    "v8c_pretrained": "v8b_gpt2",
+    "v8d_distributed": "v8c_pretrained",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

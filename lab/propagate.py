@@ -11,7 +11,7 @@ lines. Leave that script out with --skip, edit it by hand, and run this program 
 Commit before you edit the same lines again: the difference is taken from the last commit.
 
 Run it:   python lab/propagate.py v2_single_head.py
-          python lab/propagate.py v2_single_head.py --skip v9_gpt2.py
+          python lab/propagate.py v2_single_head.py --skip v8a_bpe.py
 """
 
 import argparse

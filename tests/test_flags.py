@@ -161,7 +161,7 @@ def test_a_fixed_setting_can_be_repeated_but_not_changed():
     said = "^--size 8: the checkpoint has 7, which can't be changed; leave the flag out$"
     with pytest.raises(data.InputError, match=said):
         read("--size", "8", saved=SAVED, fixed=fixed)
-    with pytest.raises(data.InputError, match="^--kind one: the checkpoint has two, "):
+    with pytest.raises(data.InputError, match="^--kind one: the checkpoint has 'two', "):
         read("--kind", "one", saved=SAVED, fixed=fixed)
 
 

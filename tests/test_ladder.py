@@ -141,53 +141,71 @@ COURSE = {
             "main",
         ],
     },
-    "v9_gpt2": {
+    "v8a_bpe": {
         "parent": "v7b_kv_cache",
-        "lesson": "become GPT-2, so that its released weights load",
+        "lesson": "read parts of words, from files that may be larger than the memory",
         "adds": [
-            "import re",
             "import tiktoken",
-            "from huggingface_hub",
-            "from safetensors.torch",
-            "PRESETS",
-            "SIZES",
-            "RELEASED_NAMES",
-            "FIXED",
             "Config.tokenizer",
-            "Config.preset",
-            "Config.norm",
-            "Config.layer_norm_epsilon",
-            "Config.init_from",
-            "Config.export",
             "Config.val_data",
-            "Config.epochs",
-            "Config.subset",
-            "read_settings",
-            "released_weights",
-            "load_released",
-            "export",
-            "make_tokenizer",
-            "load_tokens",
+            "BPETokenizer",
+            "characters_per_token",
         ],
         "changes": [
             "Config.batch_size",
             "Config.max_iters",
             "Config.eval_interval",
-            "Config.out_dir",
-            "MultiHeadAttention.__init__",
-            "FeedForward.forward",
-            "Block.__init__",
-            "Block.forward",
-            "LanguageModel.__init__",
-            "get_batch",
-            "load_checkpoint",
+            "Config.data",
+            "SIZES",
+            "stream_text",
+            "in_units",
             "main",
         ],
     },
+    "v8b_gpt2": {
+        "parent": "v8a_bpe",
+        "lesson": "take over the architecture of the released models",
+        "adds": ["PRESETS", "Config.norm", "Config.preset"],
+        "changes": [
+            "SIZES",
+            "MultiHeadAttention.__init__",
+            "FeedForward.forward",
+            "Block",
+            "Block.__init__",
+            "Block.forward",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+            "main",
+        ],
+    },
+    "v8c_pretrained": {
+        "parent": "v8b_gpt2",
+        "lesson": "start from released weights, and write weights that others can load",
+        "adds": [
+            "GPT2_NAMES",
+            "GPT1_NAMES",
+            "FINE_TUNING",
+            "Config.init_from",
+            "Config.export",
+            "read_settings",
+            "released_weights",
+            "load_released",
+        ],
+        "changes": ["from data", "main"],
+    },
+    "v8d_distributed": {
+        "parent": "v8c_pretrained",
+        "lesson": "take one step on many batches, in turn and on several GPUs at once",
+        "adds": [
+            "from contextlib",
+            "Config.grad_accum_steps",
+            "seed_batch",
+            "stop_requested",
+        ],
+        "changes": ["from torch", "save_checkpoint", "train", "main"],
+    },
 }
 MOST_CHANGED_LINES = 100
-# Smaller scripts will replace this one, which was written for an older parent.
-TOO_LONG = ["v9_gpt2"]
 
 
 def parts(script: str) -> dict[str, str]:
@@ -236,10 +254,7 @@ def test_the_table_has_every_script_and_its_parent():
 
 
 @pytest.mark.parametrize(("parent", "child"), PAIRS)
-def test_the_diff_is_the_lesson_and_nothing_else(parent, child, request):
-    if child in TOO_LONG:
-        old = pytest.mark.xfail(strict=True, reason="to be replaced by smaller scripts")
-        request.applymarker(old)
+def test_the_diff_is_the_lesson_and_nothing_else(parent, child):
     old, new = parts(parent), parts(child)
     gone = [name for name in old if name not in new and name.split(".")[0] in new]
     assert gone == [], "a lesson drops or renames nothing"
@@ -256,10 +271,7 @@ def test_the_diff_is_the_lesson_and_nothing_else(parent, child, request):
 
 
 @pytest.mark.parametrize(("parent", "child"), PAIRS)
-def test_a_diff_is_one_idea_long(parent, child, request):
-    if child in TOO_LONG:
-        too_long = pytest.mark.xfail(strict=True, reason="to be replaced by smaller scripts")
-        request.applymarker(too_long)
+def test_a_diff_is_one_idea_long(parent, child):
     assert 0 < changed_lines(parent, child) <= MOST_CHANGED_LINES
 
 
@@ -278,8 +290,8 @@ def imports(script: str) -> set[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_stands_alone(script):
     allowed = {"torch", "numpy", "tqdm", "data"}
-    if script == "v9_gpt2":
-        allowed |= {"tiktoken", "safetensors", "huggingface_hub"}
+    if script >= "v8a_bpe":
+        allowed |= {"tiktoken"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 
 
@@ -303,7 +315,7 @@ def test_a_lesson_says_how_to_run_it_and_what_to_expect(script):
     assert any(line.startswith("Run it:   ") for line in lesson)
     assert f"python {script}.py" in "\n".join(lesson)
     assert any(line.startswith("Expect:   ") for line in lesson)
-    if script not in TOO_LONG and script != "bigram":
+    if script != "bigram":
         assert f"Diff:     git diff --no-index {PARENTS[script]}.py {script}.py" in lesson
 
 
