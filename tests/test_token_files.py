@@ -1,0 +1,539 @@
+"""data/token_files.py: texts as files of token ids, what describes them, and what is refused."""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+import threading
+from pathlib import Path
+
+import data
+from data import token_files
+
+import numpy as np
+import pytest
+import tiktoken
+import torch
+from conftest import TEXT, refused, tiny, tiny_flags
+from tiktoken_ext.openai_public import r50k_pat_str
+
+import v8a_bpe as v8a
+
+END_OF_TEXT = 50_256
+
+
+@pytest.fixture
+def bpe(monkeypatch) -> tiktoken.Encoding:
+    """It cuts a text into words as GPT-2's does, but has only 256 bytes and 40 pairs of them."""
+    text = TEXT + "\n\n  \t\t \n\n \r\n"
+    pairs = sorted({text[i : i + 2].encode() for i in range(len(text) - 1)})[:40]
+    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
+    encoding = tiktoken.Encoding(
+        "small", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 296}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Without a network, tiktoken can't download GPT-2's encoding."""
+
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+
+
+@pytest.fixture
+def bin_file(tmp_path, corpus, bpe) -> Path:
+    """The small text as a file of token ids."""
+    path = tmp_path / "prepared.bin"
+    token_files.write_token_file(path, [corpus], "--out", "TEXT")
+    return path
+
+
+def names_in(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def ids_of(path) -> list[int]:
+    return np.fromfile(path, dtype="<u2").tolist()
+
+
+def as_list(tokens) -> list[int]:
+    return tokens[np.arange(len(tokens))].tolist()
+
+
+def description_of(path) -> dict:
+    return json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
+
+
+def forbid_encoding(monkeypatch):
+    def fail(pieces):
+        raise AssertionError("encoded again")
+
+    monkeypatch.setattr(token_files, "encode", fail)
+
+
+# ---- reading a file
+
+
+@pytest.fixture
+def counting(tmp_path) -> token_files.TokenFile:
+    """A file with the ids from 0 to 999."""
+    np.arange(1000, dtype="<u2").tofile(tmp_path / "counting.bin")
+    return token_files.TokenFile(tmp_path / "counting.bin", 0, 1000, "")
+
+
+def test_positions_of_any_shape_give_their_ids(counting):
+    windows = counting[np.array([[5, 6, 7], [997, 998, 999]])]
+    assert windows.dtype == np.uint16
+    assert windows.tolist() == [[5, 6, 7], [997, 998, 999]]
+
+
+@pytest.mark.parametrize(
+    "part", [slice(900), slice(900, None), slice(100, 300), slice(-50, None), slice(5000)]
+)
+def test_a_slice_has_the_ids_that_a_slice_of_an_array_has(counting, part):
+    ids = np.arange(1000)
+    assert isinstance(counting[part], token_files.TokenFile)
+    assert as_list(counting[part]) == ids[part].tolist()
+    assert as_list(counting[100:900][part]) == ids[100:900][part].tolist()
+
+
+def test_batches_and_splits_come_from_a_file_as_from_an_array(counting):
+    batches = []
+    for tokens in (counting, np.arange(1000, dtype=np.uint16)):
+        torch.manual_seed(3)
+        for part in data.split(tokens, 5):
+            batches.append(data.get_batch(part, 4, 5, "cpu"))
+    for (x, y), (expected_x, expected_y) in zip(batches[:2], batches[2:], strict=True):
+        assert torch.equal(x, expected_x)
+        assert torch.equal(y, expected_y)
+        assert torch.equal(y, x + 1)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_batches_do_not_keep_a_file_in_memory(tmp_path):
+    """600 batches touch most of a file of 64 MiB, but little of it stays."""
+
+    def mapped() -> float:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1024  # MiB
+
+    path = tmp_path / "large.bin"
+    with path.open("wb") as file:
+        file.truncate(2**26)
+    kept_open = np.memmap(path, dtype=np.uint16, mode="r")
+    before = mapped()
+    for _ in range(600):
+        data.get_batch(token_files.TokenFile(path, 0, 2**25, ""), 4, 5, "cpu")
+    assert mapped() - before < 8
+    for _ in range(600):
+        data.get_batch(kept_open, 4, 5, "cpu")
+    assert mapped() - before > 16, "what a map that stays open keeps"
+
+
+# ---- from a text to a file
+
+
+def test_a_file_has_the_ids_of_its_text_and_a_description(bin_file, bpe):
+    ids = bpe.encode_ordinary(TEXT)
+    assert ids_of(bin_file) == ids
+    assert description_of(bin_file) == {
+        "tokenizer": "gpt2",
+        "n_tokens": len(ids),
+        "sha256": hashlib.sha256(bin_file.read_bytes()).hexdigest(),
+    }
+    assert as_list(data.load_tokens(str(bin_file))) == ids
+    assert names_in(bin_file.parent) == {"corpus.txt", "prepared.bin", "prepared.bin.json"}
+
+
+def test_end_of_text_separates_texts(tmp_path, bpe):
+    texts = {"a.txt": "The fox ", "b.txt": "dreams", "c.txt": "of <|endoftext|>"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    paths = [tmp_path / name for name in texts]
+    n_tokens = token_files.write_token_file(tmp_path / "all.bin", paths, "--out", "TEXT")
+    a, b, c = (bpe.encode_ordinary(text) for text in texts.values())
+    assert ids_of(tmp_path / "all.bin") == [*a, END_OF_TEXT, *b, END_OF_TEXT, *c]
+    assert n_tokens == description_of(tmp_path / "all.bin")["n_tokens"] == len(a + b + c) + 2
+
+
+SPACES = "\n\n Hens  dream.\r\n\n\n\tÜber \n  the lazy\x0b dog's\x1c 12 eggs!\u3000 \u2028\xa0 a\n\n"
+TEXTS = {
+    "whitespace": SPACES * 9 + "  ",
+    "line ends of Windows": TEXT.replace("\n", " \r\n\r\n") + "\r\n",
+    "byte order mark": "\ufeff" + SPACES * 9,
+    "special token": "The <|endoftext|> of the <|endoftext|>\n\n" * 9,
+    "one word": "fox",
+}
+
+
+@pytest.mark.parametrize("kind", TEXTS)
+@pytest.mark.parametrize(
+    "files",
+    [
+        "small",
+        pytest.param(
+            "gpt2",
+            marks=pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="no files"),
+        ),
+    ],
+)
+def test_pieces_have_the_tokens_of_the_whole_text(tmp_path, monkeypatch, request, files, kind):
+    if files == "small":
+        request.getfixturevalue("bpe")
+    encoding = tiktoken.get_encoding("gpt2")
+    path = tmp_path / "text.txt"
+    path.write_text(TEXTS[kind], encoding="utf-8", newline="")
+    expected = encoding.encode_ordinary(data.load_text(path))
+    for n in range(30, 60):
+        monkeypatch.setattr(token_files, "PIECE", n)
+        pieces = list(token_files.read_pieces(path, "--data"))
+        assert "".join(pieces) == data.load_text(path)
+        assert max(len(piece) for piece in pieces) < 2 * n
+        ids = np.concatenate(list(token_files.encode(pieces)))
+        assert ids.dtype == np.uint16
+        assert ids.tolist() == expected
+
+
+def test_a_text_without_spaces_is_cut_anywhere(tmp_path, bpe, monkeypatch):
+    monkeypatch.setattr(token_files, "PIECE", 10)
+    path = tmp_path / "text.txt"
+    path.write_text("ÜberÄpfel" * 20, encoding="utf-8")
+    pieces = list(token_files.read_pieces(path, "--data"))
+    assert max(len(piece) for piece in pieces) == 10
+    ids = np.concatenate(list(token_files.encode(pieces)))
+    assert bpe.decode(ids.tolist()) == "ÜberÄpfel" * 20
+
+
+def test_only_a_few_pieces_are_read_ahead(bpe, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    n_read = 0
+
+    def pieces():
+        nonlocal n_read
+        for i in range(50):
+            n_read += 1
+            yield f"{i} foxes"
+
+    for n_encoded, ids in enumerate(token_files.encode(pieces())):
+        assert bpe.decode(ids.tolist()) == f"{n_encoded} foxes"
+        assert n_read - n_encoded <= 5
+    assert n_read == 50
+
+
+def test_several_threads_encode_at_once(monkeypatch):
+    both_at_work = threading.Barrier(2, timeout=20)
+
+    class Encoding:
+        def encode_to_numpy(self, text, disallowed_special):
+            both_at_work.wait()
+            return np.array([len(text)])
+
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(token_files, "load_encoding", Encoding)
+    ids = list(token_files.encode(["one", "three", "eleven", "twenty-two"]))
+    assert [array.tolist() for array in ids] == [[3], [5], [6], [10]]
+
+
+def test_a_bar_shows_how_fast_a_text_is_encoded(tmp_path, corpus, bpe, capsys):
+    token_files.write_token_file(tmp_path / "prepared.bin", [corpus], "--out", "TEXT")
+    err = capsys.readouterr().err
+    assert "encoding corpus.txt: 100%" in err
+    assert "B/s" in err
+
+
+# ---- the file that is kept next to a text
+
+
+def test_a_text_is_encoded_once(corpus, bpe, monkeypatch):
+    first = data.load_tokens(str(corpus))
+    assert isinstance(first, token_files.TokenFile)
+    assert as_list(first) == bpe.encode_ordinary(TEXT)
+    kept = {"corpus.txt", "corpus.txt.gpt2.bin", "corpus.txt.gpt2.bin.json"}
+    assert names_in(corpus.parent) == kept
+    forbid_encoding(monkeypatch)
+    assert as_list(data.load_tokens(str(corpus))) == as_list(first)
+    assert as_list(data.load_tokens(f"{corpus}.gpt2.bin")) == as_list(first)
+
+
+def test_a_text_that_has_changed_is_encoded_again(corpus, bpe):
+    data.load_tokens(str(corpus))
+    stat = corpus.stat()
+    corpus.write_text(TEXT.replace("fox", "hen"), encoding="utf-8")
+    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither newer nor longer
+    expected = bpe.encode_ordinary(TEXT.replace("fox", "hen"))
+    assert as_list(data.load_tokens(str(corpus))) == expected
+
+
+@pytest.mark.parametrize("lost", ["ids", "description", "half of the ids", "mark of the text"])
+def test_a_kept_file_that_is_damaged_is_made_anew(corpus, bpe, lost):
+    data.load_tokens(str(corpus))
+    kept, description = Path(f"{corpus}.gpt2.bin"), Path(f"{corpus}.gpt2.bin.json")
+    if lost == "ids":
+        kept.unlink()
+    if lost == "description":
+        description.unlink()
+    if lost == "half of the ids":
+        kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
+    if lost == "mark of the text":
+        described = description_of(kept)
+        del described["text_sha256"]
+        description.write_text(json.dumps(described), encoding="utf-8")
+    assert as_list(data.load_tokens(str(corpus))) == bpe.encode_ordinary(TEXT)
+    assert description_of(kept)["text_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
+
+
+def test_a_folder_that_can_not_be_written_to_keeps_nothing(corpus, bpe, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    tokens = data.load_tokens(str(corpus))
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == bpe.encode_ordinary(TEXT)
+    assert names_in(corpus.parent) == {"corpus.txt"}
+
+
+def test_a_full_disk_leaves_nothing_behind(corpus, bpe, monkeypatch):
+    def fsync(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(data.InputError, match="^--data .*No space left on device"):
+        data.load_tokens(str(corpus))
+    assert names_in(corpus.parent) == {"corpus.txt"}
+
+
+def test_shakespeare_and_python_are_encoded_in_memory(bpe, monkeypatch):
+    monkeypatch.setattr(data.corpora, "python_library", lambda: TEXT)
+    tokens = data.load_tokens("python")
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == bpe.encode_ordinary(TEXT)
+
+
+BAD_TEXTS = {
+    "not UTF-8": (b"na\xefve caf\xe9 " * 40, "not UTF-8 text"),
+    "NUL": (b"The fox\0 dreams", "a binary file"),
+    "NUL in a later piece": (b"fox " * 9 + b"\0", "a binary file"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_TEXTS)
+def test_what_is_not_text_is_refused_and_leaves_nothing(tmp_path, bpe, monkeypatch, kind):
+    content, said = BAD_TEXTS[kind]
+    monkeypatch.setattr(token_files, "PIECE", 16)
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    with pytest.raises(data.InputError, match=f"^--val_data {path}: {said}"):
+        data.load_tokens(str(path), "--val_data")
+    assert names_in(tmp_path) == {"bad.txt"}
+
+
+def test_a_text_that_is_not_there_is_refused(tmp_path, bpe):
+    for path in (tmp_path, tmp_path / "missing.txt", "", "x" * 3000):
+        with pytest.raises(data.InputError, match="^--data .*give the path of a text file"):
+            data.load_tokens(str(path))
+
+
+# ---- files that aren't what they should be
+
+
+def describe_otherwise(path, **changes):
+    described = description_of(path) | changes
+    Path(f"{path}.json").write_text(json.dumps(described), encoding="utf-8")
+
+
+def damage(path, what):
+    """Damage a file of token ids or its description; return what the message must say."""
+    side, ids = Path(f"{path}.json"), path.read_bytes()
+    if what == "file missing":
+        path.unlink()
+        return "no such file; make it with python -m data.prepare"
+    if what == "no description":
+        side.unlink()
+        return f'there is no {side.name}. .* python -m data.prepare --adopt "{path}"'
+    if what == "half a description":
+        side.write_bytes(side.read_bytes()[:9])
+        return f"can't read {side.name}"
+    if what == "description of random bytes":
+        side.write_bytes(b"\xff\xfe\xfd")
+        return f"can't read {side.name}"
+    if what == "description of another kind":
+        side.write_text("[1, 2]", encoding="utf-8")
+        return f"{side.name} lacks 'tokenizer'"
+    if what == "no count":
+        describe_otherwise(path, n_tokens=None)
+        return f"{side.name} lacks 'n_tokens'"
+    if what == "no checksum":
+        describe_otherwise(path, sha256=1)
+        return f"{side.name} lacks 'sha256'"
+    if what == "other tokens":
+        describe_otherwise(path, tokenizer="cl100k_base")
+        return "its tokens are 'cl100k_base', not 'gpt2'"
+    if what == "wrong count":
+        describe_otherwise(path, n_tokens=len(ids) // 2 - 1)
+    if what == "cut off":
+        path.write_bytes(ids[:-2])
+    if what == "one bit":
+        path.write_bytes(ids[:-1] + bytes([ids[-1] ^ 1]))
+    return f"not the file that {side.name} describes; make it again"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "file missing", "no description", "half a description", "description of random bytes",
+        "description of another kind", "no count", "no checksum", "other tokens", "wrong count",
+        "cut off", "one bit",
+    ],
+)  # fmt: skip
+def test_a_file_that_is_not_what_it_should_be_is_refused(bin_file, what):
+    said = damage(bin_file, what)
+    with pytest.raises(data.InputError, match=f"^--val_data {bin_file}: .*{said}"):
+        data.load_tokens(str(bin_file), "--val_data")
+
+
+def test_a_text_named_bin_is_not_trained_on(tmp_path, bpe, capsys):
+    path = tmp_path / "novel.bin"
+    path.write_text(TEXT, encoding="utf-8")
+    line = refused(v8a, capsys, *tiny_flags(v8a, tokenizer="gpt2"), "--data", path)
+    assert line.startswith(f"error: --data {path}: not known to hold token ids")
+    assert names_in(tmp_path) == {"novel.bin"}
+
+
+# ---- files without a description
+
+
+def test_an_adopted_file_is_described_as_if_it_had_been_made_here(bin_file):
+    expected = description_of(bin_file)
+    Path(f"{bin_file}.json").unlink()
+    before = bin_file.read_bytes()
+    assert token_files.adopt(bin_file, "--adopt") == expected["n_tokens"]
+    assert description_of(bin_file) == expected
+    assert bin_file.read_bytes() == before
+    assert as_list(data.load_tokens(str(bin_file))) == ids_of(bin_file)
+
+
+LARGEST = np.array([0, 50_256], dtype="<u2").tobytes()
+TOO_LARGE = np.array([0, 50_257], dtype="<u2").tobytes()
+
+
+def test_every_token_of_gpt2_can_be_adopted(tmp_path):
+    path = tmp_path / "ids.bin"
+    path.write_bytes(LARGEST)
+    assert token_files.adopt(path, "--adopt") == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "no such file"),
+        (b"", "0 bytes can't be ids of two bytes each"),
+        (bytes(2001), "2,001 bytes can't be ids of two bytes each"),
+        (TOO_LARGE, "50257 isn't the id of a token of GPT-2"),
+        (LARGEST * 20 + TOO_LARGE, "50257 isn't the id of a token of GPT-2"),
+        (TEXT[:-1].encode(), "this is a text; leave out --adopt to encode it"),
+    ],
+)
+def test_what_can_not_be_token_ids_is_not_adopted(tmp_path, monkeypatch, content, said):
+    monkeypatch.setattr(token_files, "CHUNK", 16)
+    path = tmp_path / "ids.bin"
+    if content is not None:
+        path.write_bytes(content)
+    before = names_in(tmp_path)
+    with pytest.raises(data.InputError, match=f"^--adopt {path}: {said}"):
+        token_files.adopt(path, "--adopt")
+    assert names_in(tmp_path) == before
+
+
+# ---- which tokenizer, which corpus
+
+
+def test_the_tokenizer_is_gpt2_if_it_can_be_had(bpe, capsys):
+    names = [data.choose_tokenizer(name) for name in ("auto", "gpt2", "char")]
+    assert names == ["gpt2", "gpt2", "char"]
+    assert capsys.readouterr().err == ""
+
+
+def test_without_its_files_the_tokenizer_is_char_or_an_error(no_encoding, capsys):
+    assert data.choose_tokenizer("char") == "char"
+    assert capsys.readouterr().err == ""
+    assert data.choose_tokenizer("auto") == "char"
+    notice = capsys.readouterr().err
+    assert notice.startswith("notice: can't load GPT-2's tokenizer (no network)")
+    assert notice.endswith("Continuing with characters.\n")
+    with pytest.raises(data.InputError, match="^--tokenizer gpt2: .*TIKTOKEN_CACHE_DIR"):
+        data.choose_tokenizer("gpt2")
+
+
+def test_the_checksum_tells_corpora_and_splits_apart(tmp_path):
+    parts = []
+    for number in (1, 2):
+        path = tmp_path / f"{number}.bin"
+        np.full(100, number, dtype="<u2").tofile(path)
+        tokens = token_files.TokenFile(path, 0, 100, token_files.checksum_of(path))
+        parts += [tokens, tokens[:90], tokens[90:]]
+    parts += [np.zeros(100, np.uint16), np.ones(100, np.uint16), np.ones(90, np.uint16)]
+    for a, b in itertools.combinations(parts, 2):
+        assert token_files.checksum(a) != token_files.checksum(b)
+        assert token_files.checksum(a, b) != token_files.checksum(b, a)
+    assert token_files.checksum(*parts) == token_files.checksum(*parts)
+
+
+def splits_of(tokenizer, **changes):
+    """What load_splits gives for these settings, as lists."""
+    cfg = tiny(v8a, tokenizer=tokenizer, **changes)
+    text = data.load_text(cfg.data) if tokenizer == "char" else ""
+    made = v8a.BPETokenizer() if tokenizer == "gpt2" else data.CharTokenizer(text)
+    return [as_list(part) for part in data.load_splits(cfg, made, text)]
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_validation_is_a_tenth_of_data_or_all_of_val_data(tmp_path, corpus, bpe, tokenizer):
+    other = tmp_path / "other.txt"
+    other.write_text("dreams of hens " * 9, encoding="utf-8")
+    encode = bpe.encode_ordinary if tokenizer == "gpt2" else data.CharTokenizer(TEXT).encode
+    ids, other_ids = encode(TEXT), encode("dreams of hens " * 9)
+    n = len(ids) * 9 // 10
+    assert splits_of(tokenizer, data=str(corpus)) == [ids[:n], ids[n:]]
+    assert splits_of(tokenizer, data=str(corpus), val_data=str(other)) == [ids, other_ids]
+
+
+def test_files_of_token_ids_give_the_splits_of_their_texts(bin_file, corpus):
+    for val_data in ("", "same"):
+        of_text = splits_of("gpt2", data=str(corpus), val_data=val_data and str(corpus))
+        of_file = splits_of("gpt2", data=str(bin_file), val_data=val_data and str(bin_file))
+        assert of_text == of_file
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_a_text_that_is_too_short_names_its_flag(tmp_path, corpus, bpe, tokenizer):
+    short = tmp_path / "short.txt"
+    short.write_text("quick", encoding="utf-8")  # as many characters as block_size
+    n = len(bpe.encode_ordinary("quick")) if tokenizer == "gpt2" else 5
+    said = f"{short}: {n} tokens are too few for --block_size 5"
+    with pytest.raises(data.InputError, match=f"^--data {said}, which needs 51"):
+        splits_of(tokenizer, data=str(short))
+    with pytest.raises(data.InputError, match=f"^--data {said}"):
+        splits_of(tokenizer, data=str(short), val_data=str(short))
+    with pytest.raises(data.InputError, match=f"^--val_data {said}"):
+        splits_of(tokenizer, data=str(corpus), val_data=str(short))
+
+
+def test_the_least_validation_text_is_just_enough(tmp_path, corpus):
+    other = tmp_path / "other.txt"
+    other.write_text(TEXT[:6], encoding="utf-8")  # a window of block_size and its targets
+    cfg = tiny(v8a, data=str(corpus), val_data=str(other))
+    _, val_tokens = data.load_splits(cfg, data.CharTokenizer(TEXT), TEXT)
+    x, y = data.get_batch(val_tokens, 1, cfg.block_size, "cpu")
+    assert x.shape == y.shape == (1, 5)
+
+
+def test_an_unknown_character_in_val_data_names_its_flag(tmp_path, corpus):
+    other = tmp_path / "other.txt"
+    other.write_text("Über " * 40, encoding="utf-8")
+    with pytest.raises(data.InputError, match="^--val_data: the corpus has no 'Ü'"):
+        splits_of("char", data=str(corpus), val_data=str(other))

@@ -1,0 +1,158 @@
+"""v8b_gpt2.py: the architecture of GPT-2 and GPT-1, and the presets.
+
+That it computes what they compute is tested in test_v8c_pretrained.py, with transformers.
+"""
+
+import math
+
+import data
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
+from torch.nn import functional as F
+
+import v8b_gpt2 as v8b
+
+# ---- sizes
+
+
+@pytest.mark.parametrize(
+    ("preset", "vocab_size", "n_parameters"),
+    [
+        ("gpt1", 40_478, 116_534_784),
+        ("gpt2", 50_257, 124_439_808),
+        ("gpt2-medium", 50_257, 354_823_168),
+        ("gpt2-large", 50_257, 774_030_080),
+        ("gpt2-xl", 50_257, 1_557_611_200),
+    ],
+)
+def test_presets_have_the_parameters_of_the_released_models(preset, vocab_size, n_parameters):
+    with torch.device("meta"):
+        model = v8b.LanguageModel(tiny(v8b, **v8b.PRESETS[preset]), vocab_size)
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+
+
+def settings_of(capsys, monkeypatch, *flags):
+    """The settings with which main() builds its model."""
+    seen = []
+
+    def build(cfg, vocab_size):
+        seen.append(cfg)
+        raise data.InputError("seen enough")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(v8b, "LanguageModel", build)
+        refused(v8b, capsys, *flags, "--tokenizer", "char", "--device", "cpu")
+    return seen[0]
+
+
+@pytest.mark.parametrize("preset", v8b.PRESETS)
+def test_a_preset_sets_its_sizes_and_nothing_else(corpus, capsys, monkeypatch, preset):
+    plain = settings_of(capsys, monkeypatch, "--data", corpus)
+    cfg = settings_of(capsys, monkeypatch, "--data", corpus, "--preset", preset)
+    assert vars(cfg) == vars(plain) | v8b.PRESETS[preset] | {"preset": preset}
+
+
+def test_a_flag_overrides_any_size_of_a_preset(corpus, capsys, monkeypatch):
+    typed = {"norm": "pre", "n_layer": 3, "n_head": 5, "n_embd": 35, "block_size": 9}
+    for name, value in typed.items():
+        flags = ["--data", corpus, "--preset", "gpt1", f"--{name}", value]
+        cfg = settings_of(capsys, monkeypatch, *flags)
+        assert vars(cfg).items() >= (v8b.PRESETS["gpt1"] | {name: value}).items()
+
+
+def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
+    """A run that began with a preset goes on with it."""
+    for preset in ("gpt1", ""):
+        folder = tmp_path / f"run {preset}"
+        chosen = ["--preset", preset] if preset else []
+        v8b.main([*tiny_flags(v8b, out_dir=folder), "--data", str(corpus), *chosen])
+        for mode in ("--resume", "--sample_only"):
+            line = refused(v8b, capsys, mode, "--out_dir", folder, "--preset", "gpt2")
+            assert line.startswith(f"error: --preset gpt2: the checkpoint has {preset!r}, ")
+        v8b.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
+        config = torch.load(folder / "latest.pt", weights_only=True)["config"]
+        assert config["norm"] == ("post" if preset == "gpt1" else "pre")
+        assert (config["max_iters"], config["n_embd"]) == (4, 18)
+
+
+# ---- the architecture
+
+
+def test_the_output_layer_is_the_token_embedding():
+    model = build(v8b)
+    assert model.lm_head.weight is model.token_embedding.weight
+    model(random_tokens(2, 5), random_tokens(2, 5))[1].backward()
+    gradient = model.token_embedding.weight.grad
+    assert (gradient != 0).any(dim=1).all(), "the output layer reaches every token"
+
+
+def test_linear_layers_have_biases_but_for_the_output_layer():
+    for name, module in build(v8b).named_modules():
+        if isinstance(module, torch.nn.Linear):
+            assert (module.bias is None) == (name == "lm_head"), name
+
+
+@pytest.mark.parametrize(("norm", "std_of_projections"), [("pre", 0.02 / 4), ("post", 0.02)])
+def test_weights_start_small_and_projections_smaller_in_gpt2(norm, std_of_projections):
+    sizes = {"n_embd": 192, "n_layer": 8, "block_size": 99, "norm": norm}
+    torch.manual_seed(1)
+    for name, parameter in v8b.LanguageModel(tiny(v8b, **sizes), 200).named_parameters():
+        if parameter.ndim == 2:
+            is_projection = name.endswith("projection.weight")
+            std = std_of_projections if is_projection else 0.02
+            assert parameter.std().item() == pytest.approx(std, rel=0.05), name
+        else:
+            assert parameter.unique().tolist() == [float("ln" in name and "weight" in name)], name
+
+
+def test_gelu_is_the_approximation_with_tanh():
+    x = torch.linspace(-6, 6, 999).view(37, 27)
+    layer = v8b.FeedForward(tiny(v8b, n_embd=27))
+    for linear in (layer.expansion, layer.projection):
+        torch.nn.init.zeros_(linear.bias)
+        torch.nn.init.eye_(linear.weight)
+    by_hand = 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+    torch.testing.assert_close(layer(x), by_hand)
+    assert (layer(x) - F.gelu(x)).abs().max() > 1e-4
+
+
+def test_dropout_is_applied_to_the_embeddings_in_training_only():
+    model = shaken(build(v8b, dropout=0.5))
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    idx = random_tokens(4, 5)
+    model.train()(idx)
+    model.eval()(idx)
+    dropped, kept = seen
+    positions = torch.arange(5)
+    assert torch.equal(kept, model.token_embedding(idx) + model.position_embedding(positions))
+    is_dropped = dropped == 0
+    assert 0.3 < is_dropped.float().mean() < 0.7
+    assert torch.equal(dropped, (2 * kept).masked_fill(is_dropped, 0))
+
+
+def normalised(x, layer):
+    """LayerNorm by hand."""
+    centred = x - x.mean(-1, keepdim=True)
+    scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return centred / scale * layer.weight + layer.bias
+
+
+def test_gpt1_normalises_after_each_addition():
+    block = shaken(v8b.Block(tiny(v8b, norm="post")))
+    x = torch.randn(2, 5, 18)
+    y = normalised(x + block.attention(x), block.ln_1)
+    torch.testing.assert_close(block(x), normalised(y + block.feed_forward(y), block.ln_2))
+
+
+def test_gpt1_has_no_final_layernorm():
+    gpt1, gpt2 = (build(v8b, norm=norm) for norm in ("post", "pre"))
+    final = {"ln_f.weight", "ln_f.bias"}
+    assert set(gpt2.state_dict()) - set(gpt1.state_dict()) == final
+    seen = []
+    gpt1.blocks[-1].register_forward_hook(lambda *args: seen.append(args[-1]))
+    logits, _ = gpt1(random_tokens(2, 5))
+    torch.testing.assert_close(logits, seen[0] @ gpt1.token_embedding.weight.T)
+    assert logits.shape == (2, 5, VOCAB_SIZE)

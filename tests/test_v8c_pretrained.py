@@ -1,0 +1,443 @@
+"""v8c_pretrained.py: models in and out, compared with transformers, and fine-tuning.
+
+How the files of models are found, read and written is tested in test_pretrained.py.
+"""
+
+import json
+import logging
+import os
+import re
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import data
+from data import pretrained
+
+import pytest
+import tiktoken
+import torch
+from conftest import TEXT, refused, tiny, tiny_flags
+from safetensors.torch import load_file
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    OpenAIGPTConfig,
+    OpenAIGPTLMHeadModel,
+)
+
+import v8c_pretrained as v8c
+
+KINDS = {
+    "GPT-2": (GPT2Config, GPT2LMHeadModel),
+    "GPT-1": (OpenAIGPTConfig, OpenAIGPTLMHeadModel),
+}
+SIZES = {"n_positions": 24, "n_embd": 36, "n_layer": 3, "n_head": 3}
+
+
+def make_reference(kind: str, **changes):
+    """A random model of transformers, whose choices are far from even."""
+    config, model = KINDS[kind]
+    ids = {"vocab_size": 97, "bos_token_id": 0, "eos_token_id": 0}
+    torch.manual_seed(2)
+    made = model(config(**ids | SIZES | changes))
+    for parameter in made.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return made.eval()
+
+
+@pytest.fixture(params=KINDS)
+def released(request, tmp_path):
+    """A folder with a small model of either kind, and the model."""
+    model = make_reference(request.param)
+    model.save_pretrained(tmp_path / "model")
+    return tmp_path / "model", model
+
+
+@pytest.fixture
+def gpt2_folder(tmp_path) -> Path:
+    """A folder with a small GPT-2."""
+    make_reference("GPT-2").save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.fixture
+def ascii_tokens(monkeypatch):
+    """97 tokens, a byte each, instead of those of GPT-2, which need a download."""
+    first = [10, *range(32, 127), 195]  # the last one is the beginning of a character
+    ranks = {bytes([byte]): i for i, byte in enumerate(first)}
+    encoding = tiktoken.Encoding("97", pat_str=".|\n", mergeable_ranks=ranks, special_tokens={})
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    return encoding
+
+
+def load(folder: Path, *flags: str):
+    """The model that --init_from makes of a folder."""
+    cfg = v8c.read_settings(pretrained.read_config(folder), ["--device", "cpu", *flags])
+    model = v8c.LanguageModel(cfg, 97).eval()
+    v8c.load_released(model, folder)
+    return model
+
+
+def load_in_transformers(folder: Path):
+    """The model that transformers makes of a folder, without a single warning."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            model.generate(torch.zeros(1, 2).long(), max_new_tokens=1, do_sample=False)
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
+    assert not any(report.values())
+    return model.eval()
+
+
+def flags(corpus, **changes):
+    return [*tiny_flags(v8c, **changes), "--data", str(corpus)]
+
+
+def output(capsys, *flags):
+    capsys.readouterr()
+    v8c.main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+def best_weights(run: Path):
+    return torch.load(run / "best.pt", weights_only=True)["model"]
+
+
+# ---- the same function as transformers
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vocab_size", [97, 128])
+def test_logits_equal_those_of_transformers(tmp_path, kind, vocab_size):
+    """Also without the tokens that only pad the vocabulary to a multiple of 64."""
+    theirs = make_reference(kind, vocab_size=vocab_size)
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path)
+    idx = torch.randint(97, (3, 24))
+    for T in (1, 7, 24):
+        logits, _ = ours(idx[:, :T])
+        assert logits.shape == (3, T, 97)
+        assert (logits - theirs(idx[:, :T]).logits[:, :, :97]).abs().max() < 1e-4
+
+
+def test_losses_equal_those_of_transformers(released):
+    folder, theirs = released
+    idx = torch.randint(97, (3, 24))
+    _, loss = load(folder)(idx[:, :-1], idx[:, 1:])
+    assert loss.item() == pytest.approx(theirs(idx, labels=idx).loss.item(), abs=1e-4)
+
+
+def test_logits_from_the_cache_equal_those_of_transformers(released):
+    folder, theirs = released
+    ours = load(folder)
+    idx = torch.randint(97, (2, 24))
+    expected = theirs(idx).logits
+    caches = ours.make_caches(2)
+    begin = 0
+    for length in (5, 1, 1, 4, 13):
+        logits, _ = ours(idx[:, begin : begin + length], caches=caches)
+        assert (logits - expected[:, begin : begin + length]).abs().max() < 1e-4
+        begin += length
+    assert begin == 24
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
+    theirs = make_reference(kind, n_positions=64)
+    for name, parameter in theirs.named_parameters():  # or the text repeats one token for ever
+        if "wpe" in name or "positions" in name:
+            torch.nn.init.normal_(parameter, std=1.0)
+        elif "wte" in name or "tokens" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        elif parameter.ndim == 1:
+            torch.nn.init.constant_(parameter, float("ln" in name and "weight" in name))
+    theirs.save_pretrained(tmp_path)
+    ours = load(tmp_path, "--temperature", "0")
+    idx = torch.randint(97, (2, 9))
+    how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 50, "do_sample": False}
+    expected = theirs.generate(idx, eos_token_id=None, pad_token_id=0, **how)
+    text = ours.generate(idx, 50)
+    assert text.shape == (2, 59)
+    assert torch.equal(text, expected)
+    assert len(set(text[0, 9:].tolist())) > 4, "not the same few tokens for ever"
+
+
+# ---- exports
+
+
+def test_an_exported_model_is_the_same_in_transformers_and_here(
+    released, ascii_tokens, tmp_path, capsys
+):
+    folder, theirs = released
+    export = tmp_path / "new" / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, "--device", "cpu")
+    again = load_in_transformers(export)
+    assert type(again) is type(theirs)
+    idx = torch.randint(97, (2, 24))
+    assert (again(idx).logits - theirs(idx).logits).abs().max() < 1e-4
+    weights = load(folder).state_dict()
+    for name, weight in load(export).state_dict().items():
+        assert torch.equal(weight, weights[name]), name
+
+
+@pytest.mark.parametrize("norm", ["pre", "post"])
+@pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
+def test_the_best_weights_of_a_run_are_exported(
+    corpus, ascii_tokens, tmp_path, capsys, monkeypatch, norm, tokenizer
+):
+    losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
+    monkeypatch.setattr(v8c, "estimate_loss", lambda *_: next(losses))
+    changes = {"norm": norm, "tokenizer": tokenizer, "warmup_iters": 0}
+    run, export = tmp_path / "run", tmp_path / "export"
+    v8c.main(flags(corpus, out_dir=run, export=export, **changes))
+    assert capsys.readouterr().err.count(f"exported to {export}\n") == 1
+    weights = best_weights(run)
+    n_vocab = len(weights["token_embedding.weight"])
+    ours = v8c.LanguageModel(tiny(v8c, **changes), n_vocab).eval()
+    ours.load_state_dict(weights)
+    idx = torch.randint(n_vocab, (2, 5))
+    logits, _ = ours(idx)
+    theirs = load_in_transformers(export)
+    assert (theirs(idx).logits - logits).abs().max() < 1e-4
+    latest = torch.load(run / "latest.pt", weights_only=True)["model"]
+    ours.load_state_dict(latest)
+    assert (ours(idx)[0] - logits).abs().max() > 1e-3
+
+
+def test_the_alphabet_of_a_character_model_comes_with_its_export(corpus, tmp_path, capsys):
+    export = tmp_path / "export"
+    text = output(capsys, *flags(corpus, export=export, prompt="The ", max_new_tokens=60))
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    assert config["characters"] == "".join(sorted(set(TEXT)))
+    corpus.unlink()
+    sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
+    assert text.endswith("per character\n" + output(capsys, "--init_from", export, *sampling))
+    line = refused(v8c, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
+    assert line.startswith("error: --prompt: ")
+    assert "'Z', 'ë'" in line
+
+
+def test_a_text_with_unknown_characters_can_not_go_on_training_a_character_model(
+    corpus, tmp_path, capsys
+):
+    export = tmp_path / "export"
+    v8c.main(flags(corpus, export=export, max_iters=0))
+    tuning = ["--init_from", export, "--data", corpus, "--max_iters", "1", "--device", "cpu"]
+    output(capsys, *tuning, "--out_dir", tmp_path / "known")
+    corpus.write_text(TEXT.replace("q", "Q"), encoding="utf-8")  # just as many characters
+    line = refused(v8c, capsys, *tuning, "--out_dir", tmp_path / "unknown")
+    assert line.startswith("error: --data")
+    assert "'Q'" in line
+    assert not (tmp_path / "unknown").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "model"])
+def test_an_unusable_export_is_refused_before_any_work(
+    gpt2_folder, corpus, tmp_path, capsys, monkeypatch, place
+):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(data, "load_text", lambda *_: pytest.fail("too late"))
+    run = tmp_path / "run"
+    line = refused(v8c, capsys, *flags(corpus, out_dir=run, export=tmp_path / place))
+    assert line.startswith(f"error: --export {tmp_path / place}: ")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+    assert not run.exists()
+
+
+@pytest.fixture(scope="module")
+def exported_run(tmp_path_factory):
+    """The folder of a finished run, and where it has exported to. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("exported")
+    (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
+    v8c.main(flags(folder / "corpus.txt", out_dir=folder / "run", export=folder / "export"))
+    return folder / "run", folder / "export"
+
+
+def test_a_checkpoint_can_be_exported_without_training(exported_run, tmp_path, capsys):
+    run, first = exported_run
+    before = sorted(path.name for path in run.iterdir())
+    out = output(capsys, "--sample_only", "--out_dir", run, "--export", tmp_path / "second")
+    assert "loss" not in out
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
+def test_sampling_does_not_export_again(exported_run, capsys):
+    run, export = exported_run
+    before = {path: path.stat().st_mtime_ns for path in export.iterdir()}
+    capsys.readouterr()
+    v8c.main(["--sample_only", "--out_dir", str(run)])
+    assert "export" not in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in export.iterdir()} == before
+
+
+def test_a_resumed_run_exports_where_it_should(corpus, tmp_path):
+    run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
+    v8c.main(flags(corpus, out_dir=run, export=first))
+    shutil.rmtree(first)  # as if the run had been killed before
+    v8c.main(["--resume", "--out_dir", str(run), "--max_iters", "4"])
+    v8c.main(["--resume", "--out_dir", str(run), "--max_iters", "5", "--export", str(second)])
+    expected = {}
+    for export in (first, second):
+        expected[export] = load_file(export / "model.safetensors")["wte.weight"]
+    assert not torch.equal(expected[first], expected[second])
+    assert torch.equal(expected[second], best_weights(run)["token_embedding.weight"])
+
+
+# ---- the settings of a released model
+
+
+def settings(folder: Path, *typed: str):
+    return v8c.read_settings(pretrained.read_config(folder), ["--device", "cpu", *typed])
+
+
+def test_a_released_model_brings_its_sizes(released):
+    folder, theirs = released
+    cfg = settings(folder)
+    assert cfg.norm == ("post" if theirs.config.model_type == "openai-gpt" else "pre")
+    assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size) == (3, 3, 36, 24)
+    assert cfg.tokenizer == "gpt2"
+
+
+def test_fine_tuning_has_defaults_of_its_own(gpt2_folder):
+    cfg = settings(gpt2_folder)
+    assert vars(cfg).items() >= v8c.FINE_TUNING.items()
+    assert cfg.learning_rate < v8c.Config.learning_rate / 10
+    assert cfg.dropout > 0
+    cfg = settings(gpt2_folder, "--learning_rate", "0.5", "--dropout", "0", "--batch_size", "9")
+    assert (cfg.learning_rate, cfg.dropout, cfg.batch_size) == (0.5, 0.0, 9)
+
+
+def test_fine_tuning_is_the_same_on_a_gpu(gpt2_folder, monkeypatch):
+    monkeypatch.setattr(data.flags, "is_usable", lambda device: True)
+    on_cpu = asdict(settings(gpt2_folder))
+    on_gpu = asdict(settings(gpt2_folder, "--device", "cuda"))
+    for name in ("device", "compile"):
+        del on_cpu[name], on_gpu[name]
+    assert on_gpu == on_cpu
+
+
+def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(gpt2_folder):
+    assert settings(gpt2_folder).warmup_iters == v8c.FINE_TUNING["max_iters"] // 10 > 0
+    assert settings(gpt2_folder, "--max_iters", "50").warmup_iters == 5
+    assert settings(gpt2_folder, "--max_iters", "50", "--warmup_iters", "7").warmup_iters == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("n_layer", "2"), ("n_head", "4"), ("n_embd", "72"), ("norm", "post"),
+        ("tokenizer", "char"), ("preset", "gpt2"),
+    ],
+)  # fmt: skip
+def test_other_sizes_are_refused_by_name(gpt2_folder, capsys, name, value):
+    line = refused(v8c, capsys, "--init_from", gpt2_folder, f"--{name}", value)
+    assert line.startswith(f"error: --{name} {value}: ")
+
+
+def test_a_shorter_block_size_crops_the_positions(released):
+    folder, theirs = released
+    ours = load(folder, "--block_size", "7")
+    assert ours.position_embedding.weight.shape == (7, 36)
+    idx = torch.randint(97, (3, 7))
+    assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+    assert ours.generate(idx, 9).shape == (3, 16)
+
+
+def test_a_longer_block_size_is_refused(gpt2_folder, capsys):
+    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--block_size", "25")
+    assert line == "error: --block_size 25: the model has only 24 positions"
+
+
+def test_a_run_can_not_both_start_and_go_on(gpt2_folder, exported_run, capsys):
+    run, _ = exported_run
+    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--resume", "--out_dir", run)
+    assert line.startswith("error: --init_from: ")
+    assert "--resume" in line
+
+
+def test_a_model_for_another_tokenizer_is_refused(tmp_path, ascii_tokens, capsys):
+    make_reference("GPT-2", vocab_size=98).save_pretrained(tmp_path)
+    line = refused(v8c, capsys, "--init_from", tmp_path, "--sample_only")
+    assert line.startswith("error: --init_from: its vocabulary has 98 tokens, the tokenizer 97; ")
+
+
+def test_without_the_files_of_its_tokenizer_a_model_is_refused(gpt2_folder, capsys, monkeypatch):
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--sample_only")
+    assert "can't load GPT-2's tokenizer (no network); set TIKTOKEN_CACHE_DIR" in line
+
+
+# ---- sampling and fine-tuning
+
+
+def test_a_released_model_just_generates(released, ascii_tokens, tmp_path, capsys, monkeypatch):
+    """It needs no corpus, and writes nothing."""
+    folder, theirs = released
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    sampling = ["--sample_only", "--temperature", "0", "--max_new_tokens", "15"]
+    prompt = ["--prompt", "ABC", "--data", "missing.txt", "--device", "cpu"]
+    out = output(capsys, "--init_from", folder, *sampling, *prompt)
+    idx = torch.tensor([ascii_tokens.encode("ABC")])
+    how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 15, "do_sample": False}
+    expected = theirs.generate(idx, eos_token_id=None, pad_token_id=0, **how)
+    assert out == ascii_tokens.decode(expected[0].tolist()) + "\n"
+    assert list(here.iterdir()) == []
+
+
+def test_fine_tuning_starts_from_the_released_weights(
+    gpt2_folder, ascii_tokens, corpus, tmp_path, capsys
+):
+    flags = ["--init_from", gpt2_folder, "--data", corpus, "--eval_iters", "1", "--device", "cpu"]
+    flags += ["--out_dir", tmp_path / "run", "--block_size", "20", "--learning_rate", "1e-2"]
+    out = output(capsys, *flags, "--max_iters", "20", "--eval_interval", "20")
+    losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
+    tokens = torch.tensor(ascii_tokens.encode(TEXT))
+    val_data = tokens[len(tokens) * 9 // 10 :]
+    windows = torch.stack([val_data[i : i + 21] for i in range(0, len(val_data) - 20, 20)])
+    with torch.no_grad():
+        logits, _ = load(gpt2_folder)(windows[:, :-1])
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert losses[0] == pytest.approx(expected.item(), abs=2e-4)
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_fine_tuned_run_goes_on_without_the_released_model(
+    gpt2_folder, ascii_tokens, corpus, tmp_path, capsys
+):
+    run = tmp_path / "run"
+    tuning = ["--init_from", gpt2_folder, "--data", corpus, "--max_iters", "2", "--device", "cpu"]
+    output(capsys, *tuning, "--out_dir", run, "--max_new_tokens", "5")
+    shutil.rmtree(gpt2_folder)
+    output(capsys, "--resume", "--out_dir", run, "--max_iters", "3")
+    state = torch.load(run / "latest.pt", weights_only=True)
+    assert state["step"] == 3
+    assert state["config"]["init_from"] == str(gpt2_folder)
+    assert state["config"]["learning_rate"] == v8c.FINE_TUNING["learning_rate"]
+    assert len(output(capsys, "--sample_only", "--out_dir", run)) > 5
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
+def test_a_model_with_the_vocabulary_of_gpt2_padded_generates(tmp_path, capsys):
+    sizes = {"n_embd": 2, "n_head": 1, "n_layer": 1, "vocab_size": 50_304}
+    make_reference("GPT-2", **sizes).save_pretrained(tmp_path)
+    flags = ["--sample_only", "--max_new_tokens", "3", "--device", "cpu", "--prompt", "Hens"]
+    assert output(capsys, "--init_from", tmp_path, *flags).startswith("Hens")
