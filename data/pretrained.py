@@ -3,12 +3,12 @@
 import json
 import math
 import os
-import shutil
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 from data.checkpoints import replace_file
-from data.flags import InputError
+from data.flags import NO_LIMIT, InputError
 
 import torch
 
@@ -42,13 +42,15 @@ def find_folder(name: str) -> Path:
     if name not in RELEASED:
         why = f"no such folder, and not one of {', '.join(RELEASED)}"
         raise InputError(f"--init_from {name}: {why}")
-    from huggingface_hub import hf_hub_download  # here, because it takes long to import
+    from huggingface_hub import hf_hub_download, logging  # here: they take long to import
 
+    logging.set_verbosity_error()  # or each retry without a network prints a warning
     try:
         hf_hub_download(f"openai-community/{name}", "config.json")
         weights = hf_hub_download(f"openai-community/{name}", "model.safetensors")
     except Exception as error:  # no network, an empty cache, a full disk, ...
-        why = str(error).strip().splitlines()[0]
+        message = str(error).strip() or type(error).__name__
+        why = message.splitlines()[0]
         remedy = "check the network, or name a folder that has config.json and model.safetensors"
         raise InputError(f"--init_from {name}: can't download it ({why}); {remedy}") from None
     return Path(weights).parent
@@ -64,18 +66,21 @@ def read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"--init_from {path}: can't read it ({error.strerror})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"--init_from {path}: not JSON ({error})") from None
     if not isinstance(config, dict):
         raise InputError(f"--init_from {path}: not a configuration, which would be a JSON object")
     kind = config.get("model_type")
-    if kind not in NORMS:
+    if not isinstance(kind, str) or kind not in NORMS:
         why = f"its model_type is {kind!r}, but only {' and '.join(NORMS)} can be loaded"
         raise InputError(f"--init_from {path}: {why}")
     for size in SIZES:
         value = config.get(size)
         if type(value) is not int or value < 1:
             raise InputError(f"--init_from {path}: its {size} is {value!r}, not a positive integer")
+        most = 1000 if size == "n_layer" else NO_LIMIT - 1
+        if value > most:
+            raise InputError(f"--init_from {path}: its {size} is {value}, more than {most:,}")
     for name, possible in ONLY.items():
         if config.get(name, possible[0]) not in possible:
             why = f"its {name} is {config[name]!r}, but this model has only {possible[0]!r}"
@@ -129,7 +134,8 @@ def read_weights(folder: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.
         if name in weights and name in own:
             if head is not None and name in ("wte.weight", "tokens_embed.weight"):
                 check_head(head, weights[name], path)
-            weights[name] = weights[name][: len(own[name])]
+            if weights[name].ndim == 2:
+                weights[name] = weights[name][: len(own[name])]
     missing = [name for name in own if name not in weights]
     extra = [name for name in weights if name not in own]
     misshapen = [
@@ -144,7 +150,7 @@ def read_weights(folder: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.
     if problems:
         raise InputError(f"--init_from {path}: the weights don't fit; {'; '.join(problems)}")
     for name, weight in weights.items():
-        if not weight.isfinite().all():
+        if not weight.float().isfinite().all():
             raise InputError(f"--init_from {path}: {name} has numbers that aren't finite")
     return weights
 
@@ -168,13 +174,12 @@ def check_export(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_used = (folder / "model.safetensors").exists() or (folder / "config.json").exists()
+        with TemporaryFile(dir=folder):
+            pass  # so it can be written
     except OSError as error:
         raise InputError(f"--export {folder}: can't write there ({error.strerror})") from None
     if is_used:
         raise InputError(f"--export {folder}: already holds a model; name another folder")
-    probe = folder / "probe"
-    replace_file(probe, lambda file: file.write(b"can write here"), "--export")
-    probe.unlink()
 
 
 def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
@@ -194,15 +199,18 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
     if tokenizer.name == "char":
         config["characters"] = "".join(tokenizer.characters)
     text = json.dumps(config, indent=2) + "\n"
-    replace_file(folder / "config.json", lambda file: file.write(text.encode("utf-8")), "--export")
-
     contiguous = {name: weight.contiguous().cpu() for name, weight in weights.items()}
     unfinished = folder / "model.safetensors.unfinished"
     try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
         save_file(contiguous, unfinished, {"format": "pt"})
-        # safetensors makes a file that only its owner can read.
-        shutil.copymode(folder / "config.json", unfinished)
+        unfinished.chmod(mode)  # safetensors makes a file that only its owner can read
+        replace_file(folder / "config.json", lambda f: f.write(text.encode("utf-8")), "--export")
         unfinished.replace(folder / "model.safetensors")
+    except InputError:
+        raise
     except Exception as error:  # safetensors has its own class for a full disk
-        unfinished.unlink(missing_ok=True)
         raise InputError(f"--export {folder}: can't write the weights ({error})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)

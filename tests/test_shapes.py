@@ -12,7 +12,7 @@ import data
 import numpy as np
 import pytest
 import torch
-from conftest import TEXT, TINY, VOCAB_SIZE, tiny, tiny_flags
+from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
 from lab.ladder import SCRIPTS
 
