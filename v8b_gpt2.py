@@ -16,7 +16,8 @@ no final LayerNorm: --norm post.
 New here: --norm and --preset, whose sizes are defaults that any flag can change.
 Run it:   python v8b_gpt2.py
           python v8b_gpt2.py --preset gpt1 --n_embd 96 --max_iters 100
-Expect:   XXX
+Expect:   5.04 nats per token or 2.360 bits per character; v8a_bpe.py, with 4.9 million more
+          parameters, reaches 2.285. A model this small gains nothing from being GPT-2.
 Diff:     git diff --no-index v8a_bpe.py v8b_gpt2.py
 """
 

@@ -14,7 +14,7 @@ New here: GPT2_NAMES, released_weights, load_released, and the settings of a rel
 Run it:   python v8c_pretrained.py --init_from gpt2 --sample_only --prompt "The meaning of life is"
           python v8c_pretrained.py --init_from gpt2 --data my_novel.txt --batch_size 1
           python v8c_pretrained.py --export out/my_gpt
-Expect:   XXX
+Expect:   the losses of v8b_gpt2.py, unless it starts from other weights.
 Diff:     git diff --no-index v8b_gpt2.py v8c_pretrained.py
 """
 
