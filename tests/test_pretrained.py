@@ -245,6 +245,7 @@ def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
         ({"layer_norm_epsilon": "1e-5"}, "its layer_norm_epsilon is '1e-5', but this model has"),
         ({"scale_attn_weights": False}, "its scale_attn_weights is False, but this model has only"),
         ({"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True,"),
+        ({"reorder_and_upcast_attn": True}, "its reorder_and_upcast_attn is True, but this model "),
         ({"add_cross_attention": True}, "its add_cross_attention is True, but this model has only"),
         ({"tie_word_embeddings": False}, "its tie_word_embeddings is False, but this model has"),
         ({"characters": ["a", "b"]}, "its characters are ['a', 'b'], not a string"),

@@ -221,8 +221,8 @@ def test_the_alphabet_of_a_character_model_comes_with_its_export(corpus, tmp_pat
     text = output(capsys, *flags(corpus, export=export, prompt="The ", max_new_tokens=60))
     config = json.loads((export / "config.json").read_text(encoding="utf-8"))
     assert config["characters"] == "".join(sorted(set(TEXT)))
-    corpus.unlink()
     sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
+    sampling += ["--data", "missing.txt"]
     assert text.endswith("per character\n" + output(capsys, "--init_from", export, *sampling))
     line = refused(v8c, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
     assert line.startswith("error: --prompt: ")
