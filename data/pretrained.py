@@ -93,6 +93,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     characters = config.get("characters", "")
     if not isinstance(characters, str):
         raise InputError(f"--init_from {path}: its characters are {characters!r}, not a string")
+    if list(characters) != sorted(set(characters)):
+        raise InputError(f"--init_from {path}: its characters aren't in order, so it is damaged")
     return {
         "norm": NORMS[kind], "n_layer": config["n_layer"], "n_head": config["n_head"],
         "n_embd": config["n_embd"], "block_size": config["n_positions"],

@@ -250,6 +250,7 @@ def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
         ({"tie_word_embeddings": False}, "its tie_word_embeddings is False, but this model has"),
         ({"characters": ["a", "b"]}, "its characters are ['a', 'b'], not a string"),
         ({"characters": None}, "its characters are None, not a string"),
+        ({"characters": "ba"}, "its characters aren't in order"),
     ],
 )
 def test_a_model_unlike_ours_is_refused(tmp_path, change, said):
