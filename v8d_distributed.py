@@ -16,8 +16,8 @@ New here: grad_accum_steps, seed_batch, stop_requested and the inner loop of tra
           data/processes.py connects the processes. Only the first of them prints and saves.
 Run it:   python v8d_distributed.py --grad_accum_steps 4
           torchrun --standalone --nproc_per_node=2 v8d_distributed.py --device cpu
-Expect:   4.95 nats per token or 2.315 bits per character. v8c_pretrained.py, whose random batches are
-          others, reaches 5.04.
+Expect:   4.95 nats per token or 2.315 bits per character. v8c_pretrained.py, which draws other
+          random batches, reaches 5.04.
 Diff:     git diff --no-index v8c_pretrained.py v8d_distributed.py
 """
 
