@@ -61,7 +61,7 @@ class CharTokenizer:
         unknown = sorted(set(text) - set(self.ids))
         if unknown:
             listed = ", ".join(repr(character) for character in unknown)
-            raise InputError(f"{flag}: the corpus has no {listed}; use only characters it contains")
+            raise InputError(f"{flag}: the model knows no {listed}; use characters of its text")
         return [self.ids[character] for character in text]
 
     def decode(self, tokens: list[int]) -> str:

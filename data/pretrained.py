@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -45,6 +46,7 @@ def find_folder(name: str) -> Path:
     from huggingface_hub import hf_hub_download, logging  # here: they take long to import
 
     logging.set_verbosity_error()  # or each retry without a network prints a warning
+    print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
     try:
         hf_hub_download(f"openai-community/{name}", "config.json")
         weights = hf_hub_download(f"openai-community/{name}", "model.safetensors")
@@ -111,7 +113,7 @@ def check_vocabulary(config: dict[str, Any], tokenizer: Any) -> None:
     padded = math.ceil(n_vocab / 64) * 64
     if n_released not in (n_vocab, padded):
         why = f"its vocabulary has {n_released:,} tokens, the tokenizer {n_vocab:,}"
-        raise InputError(f"--init_from: {why}; only models with GPT-2's tokenizer can be loaded")
+        raise InputError(f"--init_from: {why}; only a model with the same tokens can be loaded")
 
 
 def read_weights(folder: Path, own: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

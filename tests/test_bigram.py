@@ -228,7 +228,7 @@ def test_no_training_gives_one_loss_and_a_sample(corpus, capsys):
 def test_a_prompt_of_unknown_characters(capsys, corpus):
     flags = [*tiny_flags(bigram), "--data", corpus]
     line = refused(bigram, capsys, *flags, "--prompt", "The é 世")
-    assert "--prompt: the corpus has no 'é', '世'; use only characters it contains" in line
+    assert "--prompt: the model knows no 'é', '世'; use characters of its text" in line
 
 
 def test_a_text_that_is_too_short(capsys, tmp_path):

@@ -536,5 +536,5 @@ def test_the_least_validation_text_is_just_enough(tmp_path, corpus):
 def test_an_unknown_character_in_val_data_names_its_flag(tmp_path, corpus):
     other = tmp_path / "other.txt"
     other.write_text("Über " * 40, encoding="utf-8")
-    with pytest.raises(data.InputError, match="^--val_data: the corpus has no 'Ü'"):
+    with pytest.raises(data.InputError, match="^--val_data: the model knows no 'Ü'"):
         splits_of("char", data=str(corpus), val_data=str(other))

@@ -371,7 +371,7 @@ def test_a_sample_depends_on_the_sampling_flags_and_nothing_else(trained, capsys
 
 def test_a_character_that_the_run_never_saw_is_refused(trained, capsys):
     line = refused(v6d, capsys, "--sample_only", "--out_dir", trained, "--prompt", "é")
-    assert line.startswith("error: --prompt: the corpus has no 'é';")
+    assert line.startswith("error: --prompt: the model knows no 'é';")
 
 
 def test_training_without_a_run_saves_nothing(splits, tmp_path, monkeypatch):

@@ -394,7 +394,7 @@ def test_a_prompt_file_may_have_the_name_of_a_corpus(sampling, capsys, tmp_path,
 def test_unknown_characters_in_a_prompt_file_are_refused(sampling, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("Zebra", encoding="utf-8")
     line = refused(v7a, capsys, *sampling, "--prompt_file", tmp_path / "prompt.txt")
-    assert line.startswith("error: --prompt_file: the corpus has no 'Z'")
+    assert line.startswith("error: --prompt_file: the model knows no 'Z'")
 
 
 @pytest.mark.parametrize(
