@@ -2,8 +2,10 @@
 
 import hashlib
 import http.server
+import re
 import socket
 import threading
+from pathlib import Path
 
 import data
 from data import corpora
@@ -149,3 +151,26 @@ def test_files_that_are_not_there(capsys, tmp_path):
 def test_an_error_names_the_flag_that_the_file_came_from(tmp_path):
     with pytest.raises(data.InputError, match="^--prompt_file "):
         data.load_text(tmp_path / "missing.txt", "--prompt_file")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (FileNotFoundError(2, "No such file"), "no such file; give the path of a text file"),
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"), "not UTF-8 text; save it as UTF-8"),
+        (ValueError("embedded null byte"), "embedded null byte; give the path of a text file"),
+    ],
+)
+def test_reading_turns_errors_into_a_line_that_names_the_flag(error, said):
+    with (
+        pytest.raises(data.InputError, match=f"^--val_data my.txt: {re.escape(said)}$"),
+        corpora.reading(Path("my.txt"), "--val_data"),
+    ):
+        raise error
+
+
+def test_reading_leaves_other_errors_as_they_are():
+    for error in (data.InputError("--data: something else"), KeyError("x"), KeyboardInterrupt()):
+        with pytest.raises(type(error)) as caught, corpora.reading(Path("my.txt"), "--data"):
+            raise error
+        assert caught.value is error

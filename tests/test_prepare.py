@@ -1,7 +1,11 @@
-"""data/prepare.py: the command that encodes texts into a file of token ids."""
+"""data/prepare.py: the command that makes files of token ids, and what it refuses."""
 
-import re
+import json
+import runpy
+import sys
+from pathlib import Path
 
+import data
 from data import prepare
 
 import numpy as np
@@ -11,51 +15,105 @@ from conftest import TEXT, refused
 
 
 @pytest.fixture(autouse=True)
-def encoding_of_bytes(monkeypatch):
-    """An encoding of single bytes in place of GPT-2's, which needs a download."""
+def single_bytes(monkeypatch):
+    """An encoding of single bytes instead of GPT-2's, which needs a download."""
     ranks = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding("bytes", pat_str=".|\\n", mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "bytes", pat_str=r"\S+|\s+", mergeable_ranks=ranks, special_tokens={}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
 
 
-def test_texts_become_one_file(tmp_path, corpus, capsys):
-    out = tmp_path / "corpus.bin"
-    prepare.main([str(corpus), str(corpus), "--out", str(out)])
-    assert capsys.readouterr().out == f"{out}: {2 * len(TEXT) + 1:,} tokens\n"
-    ids = list(TEXT.encode("utf-8"))
-    assert np.fromfile(out, dtype="<u2").tolist() == [*ids, 50_256, *ids]
-    assert {path.name for path in tmp_path.iterdir()} == {
-        "corpus.txt", "corpus.bin", "corpus.bin.json",
-    }
+def test_texts_become_one_file_with_a_description(tmp_path, corpus, capsys):
+    second = tmp_path / "second.txt"
+    second.write_text("fox", encoding="utf-8")
+    path = tmp_path / "all.bin"
+    prepare.main([str(corpus), str(second), "--out", str(path)])
+    out, err = capsys.readouterr()
+    assert out == f"{path}: {len(TEXT) + 1 + 3:,} tokens\n"
+    assert "encoding corpus.txt: 100%" in err
+    assert "encoding second.txt: 100%" in err
+    assert np.fromfile(path, dtype="<u2").tolist() == [*TEXT.encode(), 50_256, *b"fox"]
+    assert len(data.load_tokens(str(path))) == len(TEXT) + 4
+    names = {file.name for file in tmp_path.iterdir()}
+    assert names == {"corpus.txt", "second.txt", "all.bin", "all.bin.json"}
 
 
-def test_a_file_from_elsewhere_can_be_adopted(tmp_path, capsys):
+def test_a_file_from_elsewhere_only_gets_a_description(tmp_path, capsys):
     path = tmp_path / "train.bin"
-    np.arange(1000, dtype="<u2").tofile(path)
+    np.arange(1234, dtype="<u2").tofile(path)
     prepare.main(["--adopt", str(path)])
-    assert capsys.readouterr().out == f"{path}.json: describes 1,000 tokens\n"
+    out, err = capsys.readouterr()
+    assert out == f"{path}.json: describes 1,234 tokens\n"
+    assert err == ""
+    assert json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["n_tokens"] == 1234
+    assert data.load_tokens(str(path))[np.arange(1234)].tolist() == list(range(1234))
+
+
+def test_it_runs_as_a_module(tmp_path, corpus, monkeypatch):
+    path = tmp_path / "all.bin"
+    monkeypatch.setattr(sys, "argv", ["prepare.py", str(corpus), "--out", str(path)])
+    monkeypatch.delitem(sys.modules, "data.prepare")
+    runpy.run_module("data.prepare", run_name="__main__")
+    assert len(data.load_tokens(str(path))) == len(TEXT)
+
+
+def test_help_shows_both_commands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        prepare.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert "python -m data.prepare novel.txt letters.txt --out corpus.bin\n" in out
+    assert "python -m data.prepare --adopt train.bin\n" in out
+
+
+HOW = "name the texts and the file to write: TEXT... --out corpus.bin"
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("words", "said"),
     [
-        ([], "name the texts"),
-        (["{text}"], "name the texts"),
-        (["--out", "a.bin"], "name the texts"),
-        (["{text}", "--out", "{folder}/corpus.txt2"], "must end with .bin"),
-        (["{text}", "--out", "{folder}/old.bin"], "is there already"),
-        (["{text}", "--out", "{folder}/no/new.bin"], "--out {folder}/no: "),
-        (["{folder}/missing.txt", "--out", "{folder}/new.bin"], "TEXT {folder}/missing.txt: no "),
-        (["{folder}", "--out", "{folder}/new.bin"], "TEXT {folder}: "),
-        (["{text}", "--adopt", "{text}"], "--adopt: takes no texts"),
-        (["--wrong"], "--wrong"),
+        ([], HOW),
+        (["corpus.txt"], HOW),
+        (["--out", "new.bin"], HOW),
+        (["corpus.txt", "--out"], "argument --out: expected one argument; see --help"),
+        (["corpus.txt", "--output", "new.bin"], "unrecognized arguments: --output"),
+        (["corpus.txt", "--out", "new.txt"], "--out new.txt: its name must end with .bin"),
+        (["corpus.txt", "--out", "old.bin"], "--out old.bin: is there already; remove it, or"),
+        (["corpus.txt", "--out", "no/new.bin"], "--out no: can't save new.bin"),
+        (["missing.txt", "--out", "new.bin"], "TEXT missing.txt: no such file or directory"),
+        (["corpus.txt", "latin.txt", "--out", "new.bin"], "TEXT latin.txt: not UTF-8 text; save"),
+        (["nul.txt", "corpus.txt", "--out", "new.bin"], "TEXT nul.txt: a binary file"),
+        ([".", "--out", "new.bin"], "TEXT .: is a directory; give the path of a text file"),
+        (["--adopt", "missing.bin"], "--adopt missing.bin: no such file"),
+        (["--adopt", "odd.bin"], "--adopt odd.bin: 9 bytes can't be ids of two bytes each"),
+        (["--adopt", "old.bin", "corpus.txt"], "--adopt: takes no texts and no --out"),
+        (["--adopt", "old.bin", "--out", "new.bin"], "--adopt: takes no texts and no --out"),
     ],
 )
-def test_mistakes_are_one_line_and_leave_nothing(tmp_path, corpus, capsys, flags, said):
-    (tmp_path / "old.bin").write_bytes(b"old")
-    before = {path.name for path in tmp_path.iterdir()}
-    places = {"text": corpus, "folder": tmp_path}
-    line = refused(prepare, capsys, *[flag.format(**places) for flag in flags])
-    assert re.escape(said.format(**places)) in re.escape(line)
-    assert {path.name for path in tmp_path.iterdir()} == before
-    assert (tmp_path / "old.bin").read_bytes() == b"old"
+def test_mistakes_are_one_line_and_change_no_file(
+    tmp_path, corpus, monkeypatch, capsys, words, said
+):
+    monkeypatch.chdir(tmp_path)
+    files = {
+        "corpus.txt": corpus.read_bytes(),
+        "latin.txt": b"na\xefve",
+        "nul.txt": b"fox\0",
+        "old.bin": b"something that is worth keeping",
+        "odd.bin": bytes(9),
+    }
+    for name, content in files.items():
+        Path(name).write_bytes(content)
+    line = refused(prepare, capsys, *words)
+    assert line.startswith(f"error: {said}")
+    assert {path.name: path.read_bytes() for path in Path().iterdir()} == files
+
+
+def test_without_gpt2s_files_nothing_is_written(tmp_path, corpus, monkeypatch, capsys):
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+    line = refused(prepare, capsys, corpus, "--out", tmp_path / "new.bin")
+    assert line.startswith("error: can't load GPT-2's tokenizer (no network); set TIKTOKEN_CACHE_")
+    assert list(tmp_path.iterdir()) == [corpus]

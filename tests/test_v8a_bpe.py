@@ -1,31 +1,137 @@
-"""v8a_bpe.py: byte pairs, streamed characters of several tokens, and losses per character."""
+"""v8a_bpe.py: byte pairs, characters of several tokens, losses per character, runs in byte pairs.
+
+How texts become files of token ids is tested in test_token_files.py.
+"""
 
 import math
 import os
 import re
+import shutil
 import threading
+from contextlib import contextmanager
+from pathlib import Path
 
 import data
+from data import token_files
 
 import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import TEXT, losses_and_sample, refused, tiny_flags
+from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import v8a_bpe as v8a
 
 
+def small_encoding() -> tiktoken.Encoding:
+    """It cuts a text into words as GPT-2's does, but has only 256 bytes and 40 pairs of them."""
+    pairs = sorted({TEXT[i : i + 2].encode() for i in range(len(TEXT) - 1)})[:40]
+    ranks = {bytes([i]): i for i in range(256)} | {pair: 256 + i for i, pair in enumerate(pairs)}
+    return tiktoken.Encoding(
+        "small", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 296}
+    )
+
+
 @pytest.fixture
 def bpe(monkeypatch) -> tiktoken.Encoding:
-    """An encoding of single bytes in place of GPT-2's, which needs a download."""
-    ranks = {bytes([i]): i for i in range(256)}
-    encoding = tiktoken.Encoding(
-        "bytes", pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 256}
-    )
+    """A small encoding instead of GPT-2's, which needs a download."""
+    encoding = small_encoding()
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     return encoding
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    """Without a network, tiktoken can't download GPT-2's encoding."""
+
+    def fail(name):
+        raise OSError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", fail)
+
+
+def flags(corpus, tokenizer="gpt2", **changes):
+    return [*tiny_flags(v8a, tokenizer=tokenizer, **changes), "--data", str(corpus)]
+
+
+def output(capsys, *words) -> tuple[str, str]:
+    """Run main(); return what it prints on standard output and standard error.
+
+    Without the speed, which is never the same.
+    """
+    capsys.readouterr()
+    v8a.main([str(word) for word in words])
+    out, err = capsys.readouterr()
+    return re.sub(r", [\d,]+ tokens/s", "", out), err
+
+
+def saved(folder, name="latest.pt"):
+    return torch.load(Path(folder) / name, weights_only=True)
+
+
+# ---- the tokenizer
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
+def test_token_ids_are_those_of_gpt2():
+    tokenizer = v8a.BPETokenizer()
+    assert tokenizer.n_vocab == token_files.N_VOCAB == 50_257
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.decode([15496, 995]) == "Hello world"
+    assert tokenizer.decode([token_files.END_OF_TEXT]) == "<|endoftext|>"
+
+
+def test_any_text_can_be_encoded_and_comes_back(bpe):
+    tokenizer = v8a.BPETokenizer()
+    text = "Zoë dreams\r\n\tof 世界 🙂 \0"
+    tokens = tokenizer.encode(text, "--prompt")
+    assert len(tokens) > len(text)
+    assert max(tokens) < tokenizer.n_vocab == 297
+    assert all(type(token) is int for token in tokens)
+    assert tokenizer.decode(tokens) == text
+
+
+def test_a_special_token_in_a_text_is_plain_text(bpe):
+    tokenizer = v8a.BPETokenizer()
+    tokens = tokenizer.encode("<|endoftext|>")
+    assert 296 not in tokens
+    assert tokenizer.decode(tokens) == "<|endoftext|>"
+
+
+def test_bytes_that_are_not_a_character_are_decoded_as_a_question_mark(bpe):
+    assert v8a.BPETokenizer().decode([*b"fox", 0xE4, *b"hen"]) == "fox\ufffdhen"
+
+
+def test_without_gpt2s_files_a_run_is_the_one_with_characters(no_encoding, corpus, capsys):
+    out, err = output(capsys, *flags(corpus, "auto", warmup_iters=0))
+    assert err.count("notice: ") == 1
+    assert "notice: can't load GPT-2's tokenizer (no network)" in err
+    expected, err = output(capsys, *flags(corpus, "char", warmup_iters=0))
+    assert "notice: " not in err
+    assert out == expected
+
+
+def test_one_notice_is_enough_without_shakespeare(bpe, capsys, monkeypatch, tmp_path):
+    def fail(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr(data.corpora, "SHAKESPEARE", tmp_path / "missing.txt")
+    monkeypatch.setattr(data.corpora, "python_library", lambda: TEXT)
+    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
+    for tokenizer in ("char", "gpt2"):
+        _, err = output(capsys, *tiny_flags(v8a, tokenizer=tokenizer, warmup_iters=0))
+        assert err.count("notice: ") == 1
+
+
+def test_gpt2s_tokenizer_without_its_files_is_refused(no_encoding, corpus, capsys):
+    line = refused(v8a, capsys, *flags(corpus, "gpt2"))
+    assert line.startswith("error: --tokenizer gpt2: can't load GPT-2's tokenizer (no network)")
+    assert "TIKTOKEN_CACHE_DIR" in line
+    assert "--tokenizer char" in line
+
+
+# ---- from tokens to text
 
 
 class Bytes:
@@ -35,102 +141,241 @@ class Bytes:
         return bytes(tokens).decode("utf-8", errors="replace")
 
 
-def stream(text: bytes, stop: str = "") -> list[str]:
-    """The pieces of a text whose tokens are its bytes."""
-    tokens = (torch.tensor([[byte]]) for byte in text)
-    return list(v8a.stream_text(tokens, Bytes(), stop))
+def pieces(tokens, stop=""):
+    """What stream_text shows for these bytes."""
+    return list(v8a.stream_text((torch.tensor([[token]]) for token in tokens), Bytes(), stop))
 
 
-@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
-def test_the_ids_are_those_of_gpt2():
-    tokenizer = v8a.BPETokenizer()
-    assert tokenizer.n_vocab == 50_257
-    assert tokenizer.encode("Hello world") == [15496, 995]
-    assert tokenizer.decode(tokenizer.encode("Zoë <|endoftext|>")) == "Zoë <|endoftext|>"
-    assert 50_256 not in tokenizer.encode("<|endoftext|>"), "plain text, not the special token"
-
-
-def test_text_comes_one_character_at_a_time():
+def test_a_character_is_shown_once_its_last_token_is_there():
     text = "naïve 世界 🙂 end"
-    assert [piece for piece in stream(text.encode("utf-8")) if piece] == list(text)
+    assert [piece for piece in pieces(text.encode()) if piece] == list(text)
+    tokens = iter([torch.tensor([[byte]]) for byte in "世界".encode()])
+    assert next(v8a.stream_text(tokens, Bytes(), "")) == "世"
+    assert len(list(tokens)) == 3, "those of the next character are not asked for"
 
 
-def test_bytes_that_are_not_text_become_question_marks():
-    text = b"a\xe4\xb8\x96\xff\xfeb" + "世".encode()[:2]
-    assert "".join(stream(text)) == text.decode("utf-8", errors="replace")
+def test_bytes_that_are_no_character_become_question_marks():
+    tokens = [*"a世".encode(), 0xFF, 0xFE, *b"b", *"世".encode()[:2]]
+    expected = bytes(tokens).decode("utf-8", errors="replace")
+    assert expected.endswith("b\ufffd")
+    assert "".join(pieces(tokens)) == expected
 
 
 @pytest.mark.parametrize(
     ("text", "stop", "expected"),
-    [("x世界y", "世界", "x"), ("ab\ufffd", "\ufffd", "ab"), ("ab\ufffdc", "\ufffd", "ab")],
+    [
+        ("x世界y", "世界", "x"),
+        ("世世界y", "世界", "世"),
+        ("x世", "世界", "x世"),
+        ("naïve🙂", "🙂", "naïve"),
+        ("ab\ufffd", "\ufffd", "ab"),
+        ("ab\ufffdc", "\ufffd", "ab"),
+    ],
 )
-def test_text_ends_before_a_stop_of_several_bytes(text, stop, expected):
-    assert "".join(stream(text.encode("utf-8"), stop)) == expected
+def test_the_text_ends_before_a_stop_of_several_bytes(text, stop, expected):
+    assert "".join(pieces(text.encode(), stop)) == expected
 
 
-def test_a_loss_in_three_units():
-    report = v8a.in_units(math.log(2) * 6, token_length=3.0)
-    assert report == "4.1589 nats per token, perplexity 64, 2.000 bits per character"
-    assert "perplexity inf" not in v8a.in_units(1e6, 1.0)
+def test_a_stop_in_bytes_that_never_became_a_character_ends_the_text():
+    rest = b"one" + "世".encode()[:2]
+    assert "".join(pieces(rest)) == "one\ufffd"
+    assert "".join(pieces(rest, "e\ufffd")) == "on"
+    assert "".join(pieces(rest, "\ufffd\ufffd")) == "one\ufffd"
 
 
-def test_the_length_of_a_token_in_characters():
-    ids = np.frombuffer("世a".encode(), dtype=np.uint8).astype(np.uint16)
-    assert v8a.characters_per_token(ids, Bytes()) == 2 / 4
+# ---- losses of tokens of any length
 
 
-def test_without_gpt2s_files_a_run_uses_characters(corpus, capsys, monkeypatch):
-    def fail(name):
-        raise OSError("no network")
+@pytest.mark.parametrize(
+    ("loss", "token_length", "said"),
+    [
+        (math.log(2), 1, "0.6931 nats per token, perplexity 2, 1.000 bits per character"),
+        (math.log(2), 4, "0.6931 nats per token, perplexity 2, 0.250 bits per character"),
+        (math.log(8), 0.5, "2.0794 nats per token, perplexity 8, 6.000 bits per character"),
+        (0.0, 3.3, "0.0000 nats per token, perplexity 1, 0.000 bits per character"),
+    ],
+)
+def test_a_loss_in_other_units(loss, token_length, said):
+    assert v8a.in_units(loss, token_length) == said
 
-    monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    v8a.main([*tiny_flags(v8a, tokenizer="auto"), "--data", str(corpus)])
-    out, err = capsys.readouterr()
-    assert err.count("notice: can't load GPT-2's tokenizer (no network); set TIKTOKEN_CACHE") == 1
-    v8a.main([*tiny_flags(v8a, tokenizer="char"), "--data", str(corpus)])
-    assert losses_and_sample(capsys.readouterr().out) == losses_and_sample(out)
-    line = refused(v8a, capsys, *tiny_flags(v8a, tokenizer="gpt2"), "--data", corpus)
-    assert line.startswith("error: --tokenizer gpt2: can't load GPT-2's tokenizer (no network)")
+
+def test_a_huge_loss_still_has_a_perplexity():
+    assert "perplexity 1.014e+304" in v8a.in_units(9999.0, 1.0)
 
 
-def test_a_run_in_byte_pairs_keeps_its_tokenizer_and_its_corpus(corpus, tmp_path, bpe, capsys):
-    folder = str(tmp_path / "run")
-    flags = ["--data", str(corpus), "--out_dir", folder]
-    v8a.main([*tiny_flags(v8a, tokenizer="gpt2"), *flags, "--prompt", "Zoë"])
-    out = capsys.readouterr().out
-    sample = out.partition("bits per character\n")[2]
-    nats, bits = re.search(r"loss (\S+) nats per token, .*, (\S+) bits per char", out).groups()
-    assert float(bits) == pytest.approx(float(nats) / math.log(2), abs=1e-3)
-    v8a.main(["--out_dir", folder, "--sample_only"])
-    assert capsys.readouterr().out == sample
-    v8a.main(["--out_dir", folder, "--resume", "--max_iters", "4"])
-    assert "step 4: " in capsys.readouterr().out
-    line = refused(v8a, capsys, "--out_dir", folder, "--sample_only", "--tokenizer", "char")
-    assert line.startswith("error: --tokenizer char: the checkpoint has 'gpt2', ")
+class Repeat:
+    """A tokenizer whose token n stands for n characters."""
+
+    def decode(self, tokens):
+        return "".join("x" * token for token in tokens)
+
+
+def test_the_length_of_a_token_is_the_mean_over_the_first_million(tmp_path):
+    assert v8a.characters_per_token(np.array([1, 2, 6], dtype=np.uint16), Repeat()) == 3
+    tokens = np.ones(1_000_010, dtype="<u2")
+    tokens[-10:] = 9
+    tokens[:9] = 1001
+    tokens.tofile(tmp_path / "long.bin")
+    file = token_files.TokenFile(tmp_path / "long.bin", 0, len(tokens), "")
+    expected = (9 * 1001 + 999_991) / 1_000_000
+    assert v8a.characters_per_token(tokens, Repeat()) == expected
+    assert v8a.characters_per_token(file, Repeat()) == expected
+    assert v8a.characters_per_token(file[5:15], Repeat()) == (4 * 1001 + 6) / 10
+
+
+# ---- runs in byte pairs
+
+
+def test_a_run_says_what_its_loss_is_per_token_and_per_character(corpus, bpe, capsys):
+    out, err = output(capsys, *flags(corpus, prompt="Zoë <|endoftext|>"))
+    tokens = bpe.encode_ordinary(TEXT)
+    n = len(tokens) * 9 // 10
+    assert f"tokens: {n:,} for training, {len(tokens) - n:,} for validation\n" in err
+    line = re.search(
+        r"^validation loss (\S+) nats per token, perplexity (\S+), (\S+) bits per character$",
+        out, re.MULTILINE,
+    )  # fmt: skip
+    loss, perplexity, bits = (float(number) for number in line.groups())
+    estimates = re.findall(r"val loss (\S+)", out)
+    assert line[1] == min(estimates)
+    assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
+    characters = len(bpe.decode(tokens[n:]))
+    assert bits == pytest.approx(loss / math.log(2) * (len(tokens) - n) / characters, abs=1e-3)
+    assert "\nZoë <|endoftext|>" in out, "characters that the corpus lacks, and no special token"
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(corpus, bpe, capsys, tmp_path):
+    """A checkpoint keeps the tokenizer, and a sample from it needs no text."""
+    settings = {"eval_interval": 1, "dropout": 0.3, "warmup_iters": 0, "learning_rate": 0.1}
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    out, _ = output(capsys, *flags(corpus, "auto", out_dir=straight, max_iters=3, **settings))
+    with pytest.MonkeyPatch.context() as patch:
+        stops = iter([False] * 9 + [True] * 9)
+        patch.setattr(data, "stop_requested", lambda: next(stops))
+        with pytest.raises(SystemExit):
+            v8a.main(flags(corpus, "auto", out_dir=resumed, max_iters=3, **settings))
+    stopped = saved(resumed)
+    assert 0 < stopped["step"] < 3
+    assert (stopped["tokenizer"], stopped["config"]["tokenizer"]) == ("gpt2", "gpt2")
+    output(capsys, "--resume", "--out_dir", resumed)
+    weights, expected = saved(resumed)["model"], saved(straight)["model"]
+    assert list(weights) == list(expected)
+    for name, weight in expected.items():
+        assert torch.equal(weights[name], weight), name
+    corpus.unlink()
+    sample, _ = output(capsys, "--sample_only", "--out_dir", resumed)
+    assert sample == out.partition("bits per character\n")[2]
+
+
+@pytest.fixture
+def trained(corpus, bpe, tmp_path) -> Path:
+    """The folder of a run in byte pairs on the small text."""
+    v8a.main(flags(corpus, out_dir=tmp_path / "run"))
+    return tmp_path / "run"
+
+
+def test_a_checkpoint_keeps_its_tokenizer(trained, capsys):
+    for mode in ("--resume", "--sample_only"):
+        line = refused(v8a, capsys, mode, "--out_dir", trained, "--tokenizer", "char")
+        assert line.startswith("error: --tokenizer char: the checkpoint has 'gpt2', which can't be")
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
+def test_a_run_goes_on_with_its_own_corpus_only(tokenizer, corpus, bpe, capsys, tmp_path):
+    """Even another text in the same file, with the same characters and the same length."""
     other = tmp_path / "other.txt"
-    other.write_text(TEXT.replace("fox", "cat"), encoding="utf-8")
-    line = refused(v8a, capsys, "--out_dir", folder, "--resume", "--data", other)
-    assert "not the text that this run was trained on" in line
+    other.write_text(TEXT[::-1], encoding="utf-8")
+    v8a.main(flags(corpus, tokenizer, out_dir=tmp_path / "run"))
+    resume = ["--resume", "--out_dir", tmp_path / "run", "--max_iters", 4]
+    said = "not the text that this run was trained on; give that one"
+    assert refused(v8a, capsys, *resume, "--data", other) == f"error: --data {other}: {said}"
+    assert said in refused(v8a, capsys, *resume, "--val_data", other)
+    shutil.copy(other, corpus)
+    assert refused(v8a, capsys, *resume) == f"error: --data {corpus}: {said}"
+    corpus.write_text(TEXT, encoding="utf-8")
+    v8a.main([str(word) for word in resume])
+    assert saved(tmp_path / "run")["step"] == 4
+
+
+def test_a_run_goes_on_with_the_file_of_token_ids_of_its_text(trained, corpus, tmp_path):
+    path = tmp_path / "prepared.bin"
+    token_files.write_token_file(path, [corpus], "--out", "TEXT")
+    v8a.main(["--resume", "--out_dir", str(trained), "--max_iters", "4", "--data", str(path)])
+    assert saved(trained)["step"] == 4
+
+
+def test_a_file_of_token_ids_trains_as_its_text_does(corpus, bpe, capsys, tmp_path):
+    val_text = tmp_path / "val.txt"
+    val_text.write_text(TEXT[50:200], encoding="utf-8")
+    for text in (corpus, val_text):
+        path = text.with_suffix(".bin")
+        token_files.write_token_file(path, [text], "--out", "TEXT")
+    for val_data in (None, val_text):
+        outputs = []
+        for ending in (".txt", ".bin"):
+            words = flags(corpus.with_suffix(ending))
+            if val_data is not None:
+                words += ["--val_data", val_data.with_suffix(ending)]
+            out, err = output(capsys, *words)
+            outputs.append((out, re.search(r"tokens: .*", err)[0]))
+        assert outputs[0] == outputs[1]
+    n_tokens = [len(bpe.encode_ordinary(text)) for text in (TEXT, TEXT[50:200])]
+    expected = "tokens: {:,} for training, {:,} for validation".format(*n_tokens)
+    assert outputs[0][1] == expected
+
+
+class Recorder(np.memmap):
+    """A memory map that notes the positions that are read."""
+
+    read = []
+
+    def __getitem__(self, key):
+        if isinstance(key, np.ndarray):
+            self.read.append(key)
+        return super().__getitem__(key)
+
+
+def test_training_reads_only_its_own_windows_of_a_file(tmp_path, monkeypatch):
+    path = tmp_path / "counting.bin"
+    np.arange(1000, dtype="<u2").tofile(path)
+    monkeypatch.setattr(np, "memmap", Recorder)
+    monkeypatch.setattr(Recorder, "read", [])
+    cfg = tiny(v8a, max_iters=3, eval_interval=100)
+    splits = data.split(token_files.TokenFile(path, 0, 1000, ""), cfg.block_size)
+    assert Recorder.read == []
+    v8a.train(v8a.LanguageModel(cfg, 1000), *splits, cfg)
+    assert len(Recorder.read) == 3 + 2 * 2 * cfg.eval_iters, "batches, and two estimates"
+    assert all(windows.shape == (4, 6) for windows in Recorder.read)
+    of_validation = [windows for windows in Recorder.read if windows.max() >= 900]
+    assert len(of_validation) == 2 * cfg.eval_iters
+    assert all(windows.min() >= 900 and windows.max() < 1000 for windows in of_validation)
+
+
+@contextmanager
+def pipe(path, text):
+    """A named pipe that can be read once; opened again, it isn't there."""
+
+    def write():
+        with path.open("w", encoding="utf-8") as file:  # waits for the reader
+            path.unlink()
+            file.write(text)
+
+    os.mkfifo(path)
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    yield
+    thread.join()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
-def test_a_corpus_can_come_through_a_pipe(tmp_path, corpus, bpe, capsys, tokenizer):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    writer = threading.Thread(target=pipe.write_text, args=(TEXT,), daemon=True)
-    writer.start()
-    v8a.main([*tiny_flags(v8a, tokenizer=tokenizer), "--data", str(pipe)])
-    writer.join()
-    piped = capsys.readouterr().out
-    v8a.main([*tiny_flags(v8a, tokenizer=tokenizer), "--data", str(corpus)])
-    assert losses_and_sample(piped) == losses_and_sample(capsys.readouterr().out)
-
-
-def test_training_reads_a_file_of_ids(tmp_path, corpus, bpe, capsys):
-    path = tmp_path / "corpus.bin"
-    data.token_files.write_token_file(path, [corpus], "--out", "TEXT")
-    v8a.main([*tiny_flags(v8a, tokenizer="gpt2"), "--data", str(path)])
-    out = losses_and_sample(capsys.readouterr().out)
-    v8a.main([*tiny_flags(v8a, tokenizer="gpt2"), "--data", str(corpus)])
-    assert losses_and_sample(capsys.readouterr().out) == out
+def test_a_corpus_may_come_from_a_pipe(tokenizer, corpus, bpe, capsys, tmp_path):
+    expected, _ = output(capsys, *flags(corpus, tokenizer))
+    train, val = tmp_path / "train", tmp_path / "val"
+    with pipe(train, TEXT):
+        out, _ = output(capsys, *flags(train, tokenizer))
+    assert out == expected
+    expected, _ = output(capsys, *flags(corpus, tokenizer), "--val_data", corpus)
+    with pipe(train, TEXT), pipe(val, TEXT):
+        out, _ = output(capsys, *flags(train, tokenizer), "--val_data", val)
+    assert out == expected
