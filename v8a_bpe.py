@@ -369,7 +369,9 @@ def stream_text(
         yield text[:n_ready]
         text = text[n_ready:]
     text += tokenizer.decode(undecoded)
-    yield text[: text.index(stop)] if stop and stop in text else text
+    if stop and stop in text:
+        text = text[: text.index(stop)]
+    yield text
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:

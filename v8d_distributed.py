@@ -14,7 +14,8 @@ processes train the same model as one that accumulates twice as much, up to roun
 
 New here: grad_accum_steps, seed_batch, stop_requested and the inner loop of train.
           data/processes.py connects the processes. Only the first of them prints and saves.
-Run it:   python v8d_distributed.py --grad_accum_steps 4
+Run it:   python v8d_distributed.py
+          python v8d_distributed.py --grad_accum_steps 2
           torchrun --standalone --nproc_per_node=2 v8d_distributed.py --device cpu
 Expect:   4.95 nats per token or 2.315 bits per character. v8c_pretrained.py, which draws other
           random batches, reaches 5.04.
@@ -418,7 +419,9 @@ def stream_text(
         yield text[:n_ready]
         text = text[n_ready:]
     text += tokenizer.decode(undecoded)
-    yield text[: text.index(stop)] if stop and stop in text else text
+    if stop and stop in text:
+        text = text[: text.index(stop)]
+    yield text
 
 
 def read_settings(released: dict, argv: list[str] | None) -> Config:
@@ -599,8 +602,9 @@ def train(
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 raise KeyboardInterrupt
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
-            is_known = is_known or data.process_rank() > 0  # the first process will know it
-            if not is_known and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
+            is_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
+            # The first process estimates the loss, and saves, for all of them.
+            if data.process_rank() == 0 and is_due and not is_known:
                 speed = 0.0  # tokens/s, unknown before the second step
                 if not warming_up and step > clock_step:
                     wait_for(cfg.device)
@@ -635,10 +639,11 @@ def train(
             for i in range(cfg.grad_accum_steps):
                 seed_batch(cfg, step, i)
                 x, y = get_batch(train_data, cfg)  # (B, T) each
+                # backward() of the last batch averages the sums of all processes; before, it would
+                # only cost time.
                 is_last = i == cfg.grad_accum_steps - 1
-                # It is enough to average the gradients over the processes once, after the last.
-                wait = n_processes > 1 and not is_last
-                with parallel_model.no_sync() if wait else nullcontext():
+                only_add = n_processes > 1 and not is_last
+                with parallel_model.no_sync() if only_add else nullcontext():
                     with autocast(cfg):
                         _, loss = parallel_model(x, y)  # ()
                     (loss / cfg.grad_accum_steps).backward()

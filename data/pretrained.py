@@ -183,7 +183,8 @@ def check_export(folder: Path) -> None:
     except OSError as error:
         raise InputError(f"--export {folder}: can't write there ({error.strerror})") from None
     if is_used:
-        raise InputError(f"--export {folder}: already holds a model; name another folder")
+        why = 'already holds a model; name another folder, or "" to export nothing'
+        raise InputError(f"--export {folder}: {why}")
 
 
 def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:

@@ -176,7 +176,7 @@ def load_encoding() -> Any:
         return tiktoken.get_encoding("gpt2")
     except Exception as error:  # no network, no permission, a wrong checksum, ...
         why = f"can't load GPT-2's tokenizer ({error})"
-        remedy = "set TIKTOKEN_CACHE_DIR to a folder with its files, or use --tokenizer char"
+        remedy = "set TIKTOKEN_CACHE_DIR to a folder that has its files"
         raise InputError(f"{why}; {remedy}") from None
 
 

@@ -542,7 +542,8 @@ def test_files_beside_an_export_stay_as_they_were(tmp_path, name):
 def test_a_model_is_never_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine", encoding="utf-8")
     line = refused(pretrained.check_export, tmp_path)
-    assert line == f"--export {tmp_path}: already holds a model; name another folder"
+    why = 'already holds a model; name another folder, or "" to export nothing'
+    assert line == f"--export {tmp_path}: {why}"
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
 
 
