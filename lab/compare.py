@@ -151,8 +151,10 @@ def read_log(name: str) -> list[tuple[int, float, float]]:
     return history
 
 
-def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> None:
-    """Draw the loss curves: validation loss solid, training loss dashed."""
+def draw(
+    histories: dict[str, list[tuple[int, float, float]]], path: Path, title: str
+) -> None:
+    """Draw the loss curves: validation loss solid, training loss dashed. title: the legend's."""
     figure, axes = plt.subplots(figsize=(10, 5), layout="constrained")
     colors = plt.colormaps["turbo"](np.linspace(0.05, 0.95, len(histories)))
     for (label, history), color in zip(histories.items(), colors, strict=True):
@@ -167,7 +169,7 @@ def draw(histories: dict[str, list[tuple[int, float, float]]], path: Path) -> No
     axes.set_ylabel("loss (nats per token)")
     axes.set_title("Validation loss (solid) and training loss (dashed)")
     axes.grid(alpha=0.3)
-    figure.legend(title="validation loss (whole split)", loc="outside right upper")
+    figure.legend(title=title, loc="outside right upper")
     figure.savefig(path, dpi=120)
     plt.close(figure)
 
@@ -210,9 +212,9 @@ def main(argv: list[str] | None = None) -> None:
             results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
             histories[f"{name}  {result.val_loss:.2f}"] = result.history
-            draw(histories, picture)
+            draw(histories, picture, "validation loss (whole split)")
         if not names:
-            draw(histories, picture)
+            draw(histories, picture, "log")
         print(table(results, cfg))
 
 
