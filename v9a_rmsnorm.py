@@ -124,17 +124,17 @@ class KVCache:
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + 1e-5) * weight, float (B, T, n_embd) (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x ** 2) + 1e-5) * weight, float (..., size) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, n_embd: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))  # (n_embd,)
+        self.weight = nn.Parameter(torch.ones(size))  # (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The mean is computed in float32, because bfloat16 has too few digits for it.
-        mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (B, T, 1)
-        normalised = x * torch.rsqrt(mean_square + 1e-5)  # (B, T, n_embd)
-        return normalised.to(x.dtype) * self.weight  # (B, T, n_embd)
+        mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
+        normalised = x * torch.rsqrt(mean_square + 1e-5)  # (..., size)
+        return normalised.to(x.dtype) * self.weight  # (..., size)
 
 
 class MultiHeadAttention(nn.Module):

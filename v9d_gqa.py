@@ -74,7 +74,7 @@ class Config:
 
 
 # The settings that determine the shapes of the weights.
-SIZES = ["block_size", "n_embd", "n_head", "n_kv_head", "n_layer"]
+SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]
 
 
 def choose_dtype(cfg: Config) -> torch.dtype:
@@ -133,35 +133,35 @@ class KVCache:
 
 
 def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
-    """The angle by which each position, int64 (T,), rotates each pair: float (T, head_size / 2)."""
-    i = torch.arange(0, head_size, 2, device=positions.device)  # (head_size / 2,)
-    frequencies = 1 / 10_000 ** (i / head_size)  # (head_size / 2,)
-    return positions[:, None] * frequencies  # (T, head_size / 2)
+    """The angles of all pairs at positions, int64 (T,): float (T, head_size // 2), in radians."""
+    i = torch.arange(0, head_size, 2, device=positions.device)  # (head_size // 2,)
+    frequencies = 1 / 10_000 ** (i / head_size)  # (head_size // 2,)
+    return positions[:, None] * frequencies  # (T, head_size // 2)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys, float (B, n_head, T, head_size), by angles, (T, head_size / 2).
+    """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
     A pair is a number in the first half of the head and one in the second half, as in Llama.
     """
-    cos, sin = angles.cos(), angles.sin()  # (T, head_size / 2) each
-    a, b = x.chunk(2, dim=-1)  # (B, n_head, T, head_size / 2) each
-    a, b = a * cos - b * sin, b * cos + a * sin  # (B, n_head, T, head_size / 2) each
-    return torch.cat((a, b), dim=-1).to(x.dtype)  # (B, n_head, T, head_size)
+    cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
+    a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
+    a, b = a * cos - b * sin, b * cos + a * sin  # (..., T, head_size // 2) each
+    return torch.cat((a, b), dim=-1).to(x.dtype)  # (..., T, head_size)
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + 1e-5) * weight, float (B, T, n_embd) (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x ** 2) + 1e-5) * weight, float (..., size) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, n_embd: int) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(n_embd))  # (n_embd,)
+        self.weight = nn.Parameter(torch.ones(size))  # (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # The mean is computed in float32, because bfloat16 has too few digits for it.
-        mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (B, T, 1)
-        normalised = x * torch.rsqrt(mean_square + 1e-5)  # (B, T, n_embd)
-        return normalised.to(x.dtype) * self.weight  # (B, T, n_embd)
+        mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
+        normalised = x * torch.rsqrt(mean_square + 1e-5)  # (..., size)
+        return normalised.to(x.dtype) * self.weight  # (..., size)
 
 
 class MultiHeadAttention(nn.Module):
@@ -192,7 +192,7 @@ class MultiHeadAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, n_embd = x.shape
         sizes = [n_embd, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, size) each
+        query, key, value = self.query_key_value(x).split(sizes, dim=-1)
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
@@ -293,7 +293,7 @@ class LanguageModel(nn.Module):
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
         head_size = self.cfg.n_embd // self.cfg.n_head
-        angles = rotation_angles(positions, head_size)  # (T, head_size / 2)
+        angles = rotation_angles(positions, head_size)  # (T, head_size // 2)
         x = self.token_embedding(idx)  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]

@@ -47,6 +47,7 @@ class CharTokenizer:
     """One token for each distinct character of a text, with the methods of tiktoken's encodings."""
 
     name = "char"
+    end_of_text = ()  # no character ends a text
 
     def __init__(self, text: str) -> None:
         # A sample starts with a newline by default, so "\n" gets an id even if the text has none.

@@ -192,9 +192,6 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
 
     config.json also has the end-of-text token or, if the tokens are characters, the characters.
     """
-    from safetensors.torch import save_file  # here, because only v8c and later need it
-
-    folder = Path(cfg.export)
     end_of_text = tokenizer.n_vocab - 1 if tokenizer.name == "gpt2" else None
     config = {
         "model_type": "openai-gpt" if cfg.norm == "post" else "gpt2", "n_layer": cfg.n_layer,
@@ -203,7 +200,17 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
     }
     if tokenizer.name == "char":
         config["characters"] = "".join(tokenizer.characters)
-    text = json.dumps(config, indent=2) + "\n"
+    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    save_model(Path(cfg.export), texts, weights)
+
+
+def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Tensor]) -> None:
+    """Write texts, by the names of their files, and model.safetensors to an --export folder.
+
+    Raises InputError if that fails; then there is no model.safetensors.
+    """
+    from safetensors.torch import save_file  # here, because only v8c and later need it
+
     contiguous = {name: weight.contiguous().cpu() for name, weight in weights.items()}
     unfinished = folder / "model.safetensors.unfinished"
     try:
@@ -211,7 +218,8 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
         mode = unfinished.stat().st_mode
         save_file(contiguous, unfinished, {"format": "pt"})
         unfinished.chmod(mode)  # safetensors makes a file that only its owner can read
-        replace_file(folder / "config.json", lambda f: f.write(text.encode("utf-8")), "--export")
+        for name, text in texts.items():
+            write_text(folder / name, text)
         unfinished.replace(folder / "model.safetensors")
     except InputError:
         raise
@@ -219,3 +227,8 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
         raise InputError(f"--export {folder}: can't write the weights ({error})") from None
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file of an --export folder by text; raises InputError if that fails."""
+    replace_file(path, lambda file: file.write(text.encode("utf-8")), "--export")

@@ -35,6 +35,13 @@ PARENTS = {
     "v8b_gpt2": "v8a_bpe",
     "v8c_pretrained": "v8b_gpt2",
     "v8d_distributed": "v8c_pretrained",
+    "v9a_rmsnorm": "v7b_kv_cache",
+    "v9b_rope": "v9a_rmsnorm",
+    "v9c_swiglu": "v9b_rope",
+    "v9d_gqa": "v9c_swiglu",
+    "v9g_llama": "v9d_gqa",
+    "v9h_tokenizer": "v9g_llama",
+    "v9i_pretrained": "v9h_tokenizer",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

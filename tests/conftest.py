@@ -22,6 +22,7 @@ TINY = {
     "block_size": 5,
     "n_embd": 18,
     "n_head": 3,
+    "n_kv_head": 1,
     "n_layer": 2,
     "learning_rate": 1e-2,
     "max_iters": 3,

@@ -76,19 +76,29 @@ class ShapeTracer:
         known |= {"min": min, "max": max}
         known |= {name: value for name, value in TINY.items() if isinstance(value, int)}
         known["head_size"] = TINY["n_embd"] // TINY["n_head"]
+        if isinstance(names.get("positions"), torch.Tensor):
+            known["T"] = len(names["positions"])
         for name in ("idx", "x", "prompt", "logits"):
             if isinstance(names.get(name), torch.Tensor):
-                known |= {"B": names[name].shape[0], "T": names[name].shape[1]}
+                B, *sizes = names[name].shape
+                T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
+                known |= {"B": B, "T": T}
                 break
         if "key" in names and "x" not in names:  # KVCache.append
             known["B"] = names["key"].shape[0]
+        if isinstance(names.get("x"), torch.Tensor):
+            known["size"] = names["x"].shape[-1]  # RMSNorm.forward
         if "batch_size" in names:
             known["B"] = names["batch_size"]
         attributes = vars(names["self"]) if "self" in names else {}
+        if hasattr(names.get("self"), "gate"):
+            known["hidden"] = names["self"].gate.out_features
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
         if "context" in names:
             known["context"] = names["context"]
+        if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
+            known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
         return known
@@ -109,7 +119,11 @@ class ShapeTracer:
         values = [v.weight if isinstance(v, torch.nn.Module) else v for v in values]
         claims = self.claims[line] * (len(values) if len(self.claims[line]) == 1 else 1)
         for value, claim in zip(values, claims, strict=True):
-            if tuple(value.shape) != eval(claim, sizes):
+            expected = eval(claim, sizes)
+            shape = tuple(value.shape)
+            if expected[:1] == (...,):  # any number of dimensions before the others
+                shape = (..., *shape[len(shape) - len(expected) + 1 :])
+            if shape != expected:
                 self.wrong.append(f"line {line} claims {claim}, made {tuple(value.shape)}")
         self.checked.add(line)
 
@@ -144,6 +158,8 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             model(torch.zeros(2, 3).long(), caches=caches)
         if hasattr(script, "PRESETS"):
             script.main([*flags, "--out_dir", str(tmp_path / "post"), "--norm", "post"])
+        if hasattr(script, "head_size_of"):
+            script.main([*flags, "--out_dir", str(tmp_path / "long"), "--rope_factor", "8"])
         if hasattr(script, "autocast"):
             monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs no GPU
             ids = np.zeros(50, dtype=np.uint16)
