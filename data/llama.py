@@ -375,7 +375,8 @@ def read_weight(path: Path, name: str) -> torch.Tensor:
     if weight.dtype not in DTYPES.values():
         why = f"{name} is {weight.dtype}, but only {', '.join(DTYPES)} can be loaded"
         raise InputError(f"--init_from {path}: {why}")
-    if not weight.isfinite().all():
+    lowest, highest = weight.aminmax()  # NaN, if there is any
+    if not (lowest.isfinite() and highest.isfinite()):
         raise InputError(f"--init_from {path}: {name} has numbers that aren't finite")
     return weight
 

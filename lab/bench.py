@@ -4,7 +4,7 @@ All models have the same shape, and so does the GPT-2 of the library transformer
 They take turns, round after round, so that whatever else the machine does slows all of them alike.
 Each turn has a process of its own. A training turn is one step to warm up and then the steps that
 count, exactly as the script's own train() runs them. A generation turn fills the context of
-block_size tokens, starting from one token.
+block_size tokens, starting from one token, or generates --new_tokens tokens.
 
 Run it:   python lab/bench.py
           python lab/bench.py --models v5_gpt,v6b_fast --batch_size 24 --block_size 64 --steps 50
@@ -73,6 +73,9 @@ class Config:
     )
     writers: str = setting(
         "what to generate with, separated by commas", gpu=",".join(WRITERS), cpu=",".join(WRITERS)
+    )
+    new_tokens: int = setting(
+        "tokens to generate; 0 fills the context", gpu=0, cpu=0, below=1_000_000
     )
     rounds: int = setting("turns of each model", gpu=5, cpu=3, least=1)
     steps: int = setting("training steps in a turn, after one to warm up", gpu=50, cpu=2, least=1)
@@ -230,7 +233,7 @@ def matmul_rate(dtype: str, device: str) -> float:
 
 
 def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
-    """Fill the contexts of num_samples texts from one token each: (tokens/s, dtype)."""
+    """Generate num_samples texts from one token each: (tokens/s, dtype)."""
     script = v6b_fast if name == "transformers" else importlib.import_module(name)
     make = Reference if name == "transformers" else script.LanguageModel
     torch.manual_seed(0)
@@ -245,9 +248,14 @@ def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
     model.generate(idx, min(8, cfg.block_size - 1))[0, 0].item()  # to warm up
     start = time.perf_counter()
-    model.generate(idx, cfg.block_size - 1)[0, 0].item()  # which waits for the device
-    speed = num_samples * (cfg.block_size - 1) / (time.perf_counter() - start)
+    model.generate(idx, count_new_tokens(cfg))[0, 0].item()  # which waits for the device
+    speed = num_samples * count_new_tokens(cfg) / (time.perf_counter() - start)
     return speed, dtype
+
+
+def count_new_tokens(cfg: Config) -> int:
+    """How many tokens a generation turn adds to the first one."""
+    return cfg.block_size - 1 if cfg.new_tokens == 0 else cfg.new_tokens
 
 
 def circumstances(cfg: Config) -> str:
@@ -264,8 +272,8 @@ def circumstances(cfg: Config) -> str:
 def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Config) -> str:
     """The speed of generation in Markdown: how it was measured, then a row for each model."""
     lines = [
-        f"Generation with {circumstances(cfg)}: {cfg.block_size - 1} tokens after a first one, for "
-        f"1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
+        f"Generation with {circumstances(cfg)}: {count_new_tokens(cfg)} tokens after a first one, "
+        f"for 1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
         "the lowest and the highest.",
         "",
         "| texts | model | dtype | tokens/s | lowest to highest | times v7a |",
