@@ -273,8 +273,8 @@ def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Conf
     """The speed of generation in Markdown: how it was measured, then a row for each model."""
     lines = [
         f"Generation with {circumstances(cfg)}: {count_new_tokens(cfg)} tokens after a first one, "
-        f"for 1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, with "
-        "the lowest and the highest.",
+        f"for 1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, "
+        "with the lowest and the highest.",
         "",
         "| texts | model | dtype | tokens/s | lowest to highest | times v7a |",
         "|---:|---|---|---:|---:|---:|",
