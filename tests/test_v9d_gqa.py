@@ -1,0 +1,121 @@
+"""v9d_gqa.py: query heads that share keys and values, compared with v9c, where none do."""
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, build, random_tokens, refused, tiny, tiny_flags
+
+import v9c_swiglu as v9c
+import v9d_gqa as v9d
+
+SIZES = {"block_size": 8, "n_embd": 36, "n_head": 6}
+
+
+def make_model(n_kv_head: int):
+    """A model whose random weights make each choice uneven, and depend on the whole text."""
+    model = build(v9d, n_kv_head=n_kv_head, **SIZES)
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=1, std=0.1)
+    return model
+
+
+def repeated(weight: torch.Tensor, n_kv_head: int) -> torch.Tensor:
+    """The weights of query_key_value as v9c has them: with the keys and values of each query."""
+    rows = weight.view(6 + 2 * n_kv_head, 6, 36)  # heads, then rows of a head
+    query, key, value = rows.split([6, n_kv_head, n_kv_head])
+    n = 6 // n_kv_head
+    all_rows = torch.cat((query, key.repeat_interleave(n, 0), value.repeat_interleave(n, 0)))
+    return all_rows.flatten(0, 1)
+
+
+def make_pair(n_kv_head: int):
+    """A v9c and a v9d that compute the same."""
+    new, old = make_model(n_kv_head), build(v9c, **SIZES)
+    weights = new.state_dict()
+    for name in weights:
+        if name.endswith("query_key_value.weight"):
+            weights[name] = repeated(weights[name], n_kv_head)
+    old.load_state_dict(weights)
+    return old, new
+
+
+def in_pieces(model, idx, lengths):
+    """The logits of idx, if it comes to the caches in pieces of these lengths."""
+    caches = model.make_caches(len(idx))
+    return torch.cat([model(piece, caches=caches)[0] for piece in idx.split(lengths, 1)], 1)
+
+
+def test_with_as_many_heads_it_is_v9c():
+    new, old = make_model(6), build(v9c, **SIZES)
+    old.load_state_dict(new.state_dict())
+    idx, targets = random_tokens(3, 8), random_tokens(3, 8)
+    for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
+        assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3])
+def test_it_is_attention_with_repeated_keys_and_values(n_kv_head):
+    old, new = make_pair(n_kv_head)
+    idx, targets = random_tokens(3, 8), random_tokens(3, 8)
+    results = [model(idx, targets) for model in (old, new)]
+    torch.testing.assert_close(*results, rtol=0, atol=1e-4)
+    for _, loss in results:
+        loss.backward()
+    expected = {name: parameter.grad for name, parameter in old.named_parameters()}
+    for name, parameter in new.named_parameters():
+        if name.endswith("query_key_value.weight"):
+            # A shared row gets the sum of the gradients of its copies.
+            copies = parameter.detach().requires_grad_()
+            repeated(copies, n_kv_head).backward(expected[name])
+            expected[name] = copies.grad
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3])
+@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 5] + [1] * 18])
+def test_it_is_so_through_the_cache_also_beyond_block_size(n_kv_head, lengths):
+    old, new = make_pair(n_kv_head)
+    idx = random_tokens(3, sum(lengths))
+    expected = in_pieces(old, idx, lengths)
+    torch.testing.assert_close(in_pieces(new, idx, lengths), expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
+def test_the_cache_shrinks_by_the_number_of_heads_that_share(n_kv_head):
+    n_bytes = []
+    for model in make_pair(n_kv_head):
+        caches = model.make_caches(4)
+        tensors = [tensor for cache in caches for tensor in (cache.keys, cache.values)]
+        n_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
+    assert caches[0].keys.shape == caches[0].values.shape == (4, n_kv_head, 8, 6)
+    assert n_bytes[0] == n_bytes[1] * (6 // n_kv_head) == 2 * 2 * 4 * 6 * 8 * 6 * 4
+
+
+def test_the_matrices_for_keys_and_values_shrink_too():
+    old, new = build(v9c, **SIZES), build(v9d, n_kv_head=2, **SIZES)
+    before, after = (sum(p.numel() for p in model.parameters()) for model in (old, new))
+    assert before - after == 2 * 2 * 36 * (36 - 12)  # layers, keys and values, matrix
+
+
+@pytest.mark.parametrize(("n_head", "n_kv_head"), [(3, 2), (3, 6), (1, 2)])
+def test_heads_that_can_not_be_shared_evenly_are_refused(corpus, capsys, n_head, n_kv_head):
+    flags = tiny_flags(v9d, n_head=n_head, n_kv_head=n_kv_head)
+    line = refused(v9d, capsys, *flags, "--data", corpus)
+    assert line == f"error: --n_head {n_head}: not a multiple of --n_kv_head {n_kv_head}"
+
+
+def test_no_key_value_head_is_refused(capsys):
+    line = refused(v9d, capsys, "--n_kv_head", 0)
+    assert line.startswith("error: --n_kv_head 0: must be at least 1 ")
+
+
+def test_a_checkpoint_keeps_its_number_of_heads(corpus, tmp_path, capsys):
+    v9d.main([*tiny_flags(v9d, out_dir=tmp_path), "--data", str(corpus)])
+    for mode in ("--resume", "--sample_only"):
+        line = refused(v9d, capsys, mode, "--out_dir", tmp_path, "--n_kv_head", 3)
+        assert line.startswith("error: --n_kv_head 3: the checkpoint has 1, ")
+    v9d.main(["--sample_only", "--out_dir", str(tmp_path)])
+    model = v9d.LanguageModel(tiny(v9d), VOCAB_SIZE)
+    model.load_state_dict(torch.load(tmp_path / "best.pt", weights_only=True)["model"])

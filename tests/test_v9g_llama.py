@@ -1,0 +1,285 @@
+"""v9g_llama.py: the settings that make v9d's model that of Llama and Qwen3.
+
+That it computes what they compute is tested in test_v9i_pretrained.py, with transformers.
+"""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import VOCAB_SIZE, build, random_tokens, refused, tiny, tiny_flags
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+import v9d_gqa as v9d
+import v9g_llama as v9g
+
+SMOLLM2_135M = {
+    "n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "intermediate_size": 1536,
+    "tie_word_embeddings": True,
+}
+QWEN3_0_6B = {
+    "n_layer": 28, "n_head": 16, "n_kv_head": 8, "n_embd": 1024, "intermediate_size": 3072,
+    "head_size": 128, "qk_norm": True, "tie_word_embeddings": True,
+}
+LLAMA_3_2_1B = {
+    "n_layer": 16, "n_head": 32, "n_kv_head": 8, "n_embd": 2048, "intermediate_size": 8192,
+    "tie_word_embeddings": True,
+}
+# Another value of each setting in SIZES than that of a tiny run.
+OTHERS = {
+    "n_embd": 24, "n_head": 1, "n_layer": 1, "n_kv_head": 3, "head_size": 8,
+    "intermediate_size": 40, "rms_norm_eps": 1e-6, "rope_theta": 1000.0, "rope_factor": 8.0,
+    "rope_low_freq_factor": 2.0, "rope_high_freq_factor": 3.0,
+    "original_max_position_embeddings": 100,
+}
+
+
+def decisive(model):
+    """The model with random weights that make each choice uneven, and depend on the whole text."""
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+        else:
+            torch.nn.init.normal_(parameter, mean=1, std=0.3)
+    return model.eval()
+
+
+def sizes_of(model) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def frequencies_of(cfg) -> torch.Tensor:
+    return v9g.rotation_angles(torch.ones(1).long(), cfg)[0]
+
+
+def n_parameters(sizes: dict, vocab_size: int) -> int:
+    with torch.device("meta"):
+        model = v9g.LanguageModel(tiny(v9g, **sizes), vocab_size)
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+# ---- v9d, and what may differ
+
+
+def test_without_flags_it_is_v9d():
+    old, new = decisive(build(v9d)), build(v9g).eval()
+    assert sizes_of(new) == sizes_of(old)
+    new.load_state_dict(old.state_dict())
+    idx, targets = random_tokens(3, 5), random_tokens(3, 5)
+    for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_heads_may_have_any_even_size():
+    """n_embd, 18, need not be a multiple of n_head then."""
+    expected = sizes_of(build(v9g))
+    for n_head, n_kv_head, head_size in ((3, 1, 10), (3, 3, 2), (4, 2, 6)):
+        sizes = {"n_head": n_head, "n_kv_head": n_kv_head, "head_size": head_size}
+        model = build(v9g, **sizes)
+        for name in expected:
+            if name.endswith("query_key_value.weight"):
+                expected[name] = ((n_head + 2 * n_kv_head) * head_size, 18)
+            if name.endswith("attention.projection.weight"):
+                expected[name] = (18, n_head * head_size)
+        assert sizes_of(model) == expected
+        keys = model.make_caches(2)[0].keys
+        assert keys.shape == (2, n_kv_head, 5, head_size)
+
+
+@pytest.mark.parametrize(("intermediate_size", "hidden"), [(0, 48), (7, 7), (100, 100)])
+def test_the_feed_forward_network_may_have_any_width(intermediate_size, hidden):
+    layer = v9g.FeedForward(tiny(v9g, intermediate_size=intermediate_size))
+    assert layer.gate.weight.shape == layer.expansion.weight.shape == (hidden, 18)
+    assert layer.projection.weight.shape == (18, hidden)
+
+
+def normalised(x, weight):
+    """RMSNorm by hand."""
+    return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_attention_by_hand(qk_norm):
+    """Each head's query and key are normalised, but no value, and then they are rotated."""
+    changes = {"head_size": 10, "qk_norm": qk_norm, "rms_norm_eps": 0.1}
+    cfg = tiny(v9g, **changes)
+    layer = decisive(v9g.MultiHeadAttention(cfg))
+    x = torch.randn(2, 5, 18)
+    angles = v9g.rotation_angles(torch.arange(5), cfg)
+    heads = (x @ layer.query_key_value.weight.T).view(2, 5, 5, 10)
+    key, value = heads[:, :, 3], heads[:, :, 4]
+    if qk_norm:
+        key = normalised(key, layer.key_norm.weight)
+    future = torch.ones(5, 5).triu(1).bool()
+    outputs = []
+    for query in heads[:, :, :3].unbind(2):
+        if qk_norm:
+            query = normalised(query, layer.query_norm.weight)
+        scores = v9g.rotate(query, angles) @ v9g.rotate(key, angles).mT / math.sqrt(10)
+        outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
+    expected = torch.cat(outputs, dim=-1) @ layer.projection.weight.T
+    torch.testing.assert_close(layer(x, angles), expected, rtol=0, atol=1e-4)
+
+
+def test_all_of_it_works_through_the_cache():
+    model = decisive(
+        build(v9g, block_size=24, qk_norm=True, head_size=10, rope_factor=8.0, rope_theta=100.0,
+              tie_word_embeddings=True, original_max_position_embeddings=60)
+    )
+    idx = random_tokens(3, 24)
+    expected, _ = model(idx)
+    caches = model.make_caches(3)
+    pieces = [model(piece, caches=caches)[0] for piece in idx.split([9, 1, 1, 13], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-4)
+
+
+def test_every_normalisation_has_the_same_eps():
+    model = decisive(build(v9g, qk_norm=True, rms_norm_eps=0.3))
+    norms = [module for module in model.modules() if isinstance(module, v9g.RMSNorm)]
+    assert len(norms) == 2 * 4 + 1
+    for norm in norms:
+        x = 0.5 * torch.randn(3, len(norm.weight))
+        torch.testing.assert_close(norm(x), F.rms_norm(x, norm.weight.shape, norm.weight, 0.3))
+
+
+# ---- rotation
+
+
+def test_rope_theta_is_the_base_of_the_frequencies():
+    positions = torch.arange(50)
+    pairs = torch.arange(4)
+    for rope_theta in (1.0, 100.0, 1e6):
+        cfg = tiny(v9g, head_size=8, rope_theta=rope_theta)
+        expected = positions[:, None] * rope_theta ** (-2 * pairs / 8)
+        torch.testing.assert_close(v9g.rotation_angles(positions, cfg), expected)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_theta": 500_000.0, "rope_factor": 8.0},
+        {"rope_theta": 500_000.0, "rope_factor": 32.0},
+        {"rope_factor": 2.5, "rope_low_freq_factor": 0.5, "rope_high_freq_factor": 20.0},
+        {"rope_factor": 4.0, "original_max_position_embeddings": 60},
+    ],
+    ids=["Llama 3.1", "Llama 3.2", "other limits", "a short context"],
+)
+def test_slowed_rotations_are_those_of_transformers(changes):
+    cfg = tiny(v9g, head_size=64, **changes)
+    rope_parameters = {
+        "rope_type": "llama3", "rope_theta": cfg.rope_theta, "factor": cfg.rope_factor,
+        "low_freq_factor": cfg.rope_low_freq_factor, "high_freq_factor": cfg.rope_high_freq_factor,
+        "original_max_position_embeddings": cfg.original_max_position_embeddings,
+    }
+    config = LlamaConfig(hidden_size=128, head_dim=64, rope_parameters=rope_parameters)
+    expected, scale = ROPE_INIT_FUNCTIONS["llama3"](config)
+    assert scale == 1
+    frequencies = frequencies_of(cfg)
+    torch.testing.assert_close(frequencies, expected, rtol=1e-5, atol=0)
+
+    slowdown = frequencies_of(replace(cfg, rope_factor=1.0)) / frequencies
+    is_fast, is_slow = slowdown < 1.00001, slowdown > 0.99999 * cfg.rope_factor
+    assert is_fast.any() and is_slow.any() and not (is_fast | is_slow).all(), "all three kinds"
+
+    positions = torch.randint(1000, (50,))
+    cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
+    angles = v9g.rotation_angles(positions, cfg).repeat(1, 2)
+    torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=1e-3)
+    torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("changes", [{"rope_theta": 100.0}, {"rope_factor": 8.0}])
+def test_the_model_rotates_as_the_settings_say(changes):
+    old = decisive(build(v9g, original_max_position_embeddings=20))
+    new = build(v9g, original_max_position_embeddings=20, **changes).eval()
+    new.load_state_dict(old.state_dict())
+    idx = random_tokens(3, 5)
+    difference = (old(idx)[0] - new(idx)[0]).abs()
+    assert difference[:, 0].max() < 1e-5, "position 0 isn't rotated"
+    assert difference[:, 2:].max() > 0.1
+
+
+# ---- tied embeddings
+
+
+def test_the_output_layer_may_be_the_token_embedding():
+    tied, untied = build(v9g, tie_word_embeddings=True), build(v9g)
+    assert tied.lm_head.weight is tied.token_embedding.weight
+    assert untied.lm_head.weight is not untied.token_embedding.weight
+    saved = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
+    assert saved == VOCAB_SIZE * 18
+
+
+def test_a_run_with_tied_embeddings_saves_them_once_and_goes_on(corpus, tmp_path, capsys):
+    folder = tmp_path / "run"
+    flags = [*tiny_flags(v9g, out_dir=folder, max_new_tokens=40), "--data", str(corpus)]
+    v9g.main([*flags, "--tie_word_embeddings"])
+    sample = capsys.readouterr().out.partition("\nvalidation loss ")[2].partition("\n")[2]
+    state = torch.load(folder / "best.pt", weights_only=True)
+    weights = state["model"]
+    assert weights["lm_head.weight"].data_ptr() == weights["token_embedding.weight"].data_ptr()
+    assert len(state["optimizer"]) == len(weights) - 1
+    v9g.main(["--sample_only", "--out_dir", str(folder)])
+    assert capsys.readouterr().out == sample
+    v9g.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
+    weights = torch.load(folder / "latest.pt", weights_only=True)["model"]
+    assert torch.equal(weights["lm_head.weight"], weights["token_embedding.weight"])
+
+
+# ---- sizes of released models
+
+
+@pytest.mark.parametrize(
+    ("sizes", "vocab_size", "expected"),
+    [(SMOLLM2_135M, 49_152, 134_515_008), (QWEN3_0_6B, 151_936, 596_049_920)],
+    ids=["SmolLM2-135M", "Qwen3-0.6B"],
+)
+def test_released_models_have_as_many_parameters(sizes, vocab_size, expected):
+    assert n_parameters(sizes, vocab_size) == expected
+
+
+def test_llama_has_as_many_parameters_as_in_transformers():
+    config = LlamaConfig(
+        num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8, hidden_size=2048,
+        intermediate_size=8192, tie_word_embeddings=True, vocab_size=128_256,
+    )
+    with torch.device("meta"):
+        theirs = LlamaForCausalLM(config)
+    expected = sum(parameter.numel() for parameter in theirs.parameters())
+    assert n_parameters(LLAMA_3_2_1B, 128_256) == expected
+
+
+# ---- main
+
+
+def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
+    v9g.main([*tiny_flags(v9g, out_dir=tmp_path), "--data", str(corpus)])
+    switches = {"qk_norm", "tie_word_embeddings"}
+    assert set(v9g.SIZES) == OTHERS.keys() | switches
+    for mode in ("--resume", "--sample_only"):
+        for name, value in OTHERS.items():
+            line = refused(v9g, capsys, mode, "--out_dir", tmp_path, f"--{name}", value)
+            assert line.startswith(f"error: --{name} {value}: the checkpoint has ")
+        for name in switches:
+            line = refused(v9g, capsys, mode, "--out_dir", tmp_path, f"--{name}")
+            assert line.startswith(f"error: --{name} True: the checkpoint has False, ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"n_embd": 20}, "--n_embd 20: not a multiple of --n_head 3"),
+        ({"n_embd": 15}, "--n_embd 15: heads of odd size; "),
+        ({"head_size": 7}, "odd size"),
+        ({"head_size": -2}, "--head_size -2: must be at least 0 "),
+        ({"head_size": 8, "n_kv_head": 2}, "--n_head 3: not a multiple of --n_kv_head 2"),
+    ],
+)
+def test_impossible_heads_are_refused(corpus, capsys, changes, message):
+    flags = [*tiny_flags(v9g), *(f"--{name}={value}" for name, value in changes.items())]
+    line = refused(v9g, capsys, *flags, "--data", corpus)
+    assert message in line

@@ -1,0 +1,424 @@
+"""v9h_tokenizer.py: the tokens of a tokenizer.json, compared with transformers, and their text.
+
+How data/llama.py reads the files is tested in test_llama.py.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import data
+from data import llama
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXT, losses_and_sample, refused, tiny_flags
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+from transformers import PreTrainedTokenizerFast
+
+import v9g_llama as v9g
+import v9h_tokenizer as v9h
+
+# Every character beyond ASCII takes several tokens.
+STORY = "Zoë naïvely said:  “Ça va?”\n\n  🙂 世界 🙃\tthe fox jumps  over 12345 dogs.\n"
+
+
+def byte_level(text: str = TEXT) -> Tokenizer:
+    """Byte-pair encoding like that of SmolLM2 and Qwen3; "<|end|>" is its token 0."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    how = {"special_tokens": ["<|end|>"], "initial_alphabet": alphabet, "show_progress": False}
+    tokenizer.train_from_iterator([text], trainers.BpeTrainer(vocab_size=300, **how))
+    return tokenizer
+
+
+def llama3() -> Tokenizer:
+    """It cuts words with a regular expression, and begins every text with a special token."""
+    tokenizer = byte_level()
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
+    cut = pre_tokenizers.Split(words, "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, to_bytes])
+    tokenizer.add_special_tokens(["<|begin|>"])
+    begin = ("<|begin|>", tokenizer.token_to_id("<|begin|>"))
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[begin]
+    )
+    return tokenizer
+
+
+def sentencepiece() -> Tokenizer:
+    """Like that of Llama 2: "▁" for spaces, also before a text, and tokens for single bytes."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.train_from_iterator([TEXT], trainers.BpeTrainer(vocab_size=60, show_progress=False))
+    learned = json.loads(trained.to_str())["model"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    names = ["<unk>", "<s>", "</s>", *bytes_, *learned["vocab"]]
+    tokenizer = Tokenizer(models.BPE(
+        vocab={name: i for i, name in enumerate(names)},
+        merges=[tuple(pair) for pair in learned["merges"]],
+        unk_token="<unk>", fuse_unk=True, byte_fallback=True,
+    ))  # fmt: skip
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False) for name in names[:3]])
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer.decoder = decoders.Sequence([
+        decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+        decoders.Strip(" ", 1, 0),
+    ])  # fmt: skip
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 1)]
+    )
+    return tokenizer
+
+
+def metaspace() -> Tokenizer:
+    """Like the one before, in the words of newer files."""
+    tokenizer = sentencepiece()
+    tokenizer.normalizer = None
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    return tokenizer
+
+
+MAKERS = {maker.__name__: maker for maker in (byte_level, llama3, sentencepiece, metaspace)}
+
+
+@pytest.fixture(scope="module", params=MAKERS)
+def any_path(request, tmp_path_factory) -> Path:
+    """The path of a tokenizer.json of each kind."""
+    path = tmp_path_factory.mktemp(request.param) / "tokenizer.json"
+    MAKERS[request.param]().save(str(path))
+    return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with a byte-level tokenizer.json. Tests must not write to it."""
+    folder = tmp_path_factory.mktemp("byte_level")
+    byte_level().save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def load(path: Path):
+    return v9h.FileTokenizer(llama.read_tokenizer(path, "--tokenizer"))
+
+
+def one_by_one(ids):
+    """Token ids as LanguageModel.stream yields them."""
+    return (torch.tensor([[token]]) for token in ids)
+
+
+def flags(corpus, **changes):
+    return [*tiny_flags(v9h, **changes), "--data", str(corpus)]
+
+
+def output(capsys, *flags):
+    capsys.readouterr()
+    v9h.main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+# ---- the same tokens as transformers
+
+
+@pytest.mark.parametrize("text", [TEXT, STORY, " fox", "fox ", "The<|end|> end</s>", "🙂", "\n"])
+def test_tokens_equal_those_of_transformers(any_path, text):
+    ours, theirs = load(any_path), PreTrainedTokenizerFast(tokenizer_file=str(any_path))
+    ids = ours.encode(text)
+    assert ids == theirs.encode(text)
+    assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert ours.n_vocab == len(theirs)
+
+
+@pytest.mark.parametrize("text", [TEXT, STORY, "fox "])
+def test_decoding_gives_the_text_back(any_path, text):
+    tokenizer = load(any_path)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+# ---- streams
+
+
+def test_streamed_text_equals_the_text_decoded_at_once(any_path):
+    """Wherever the prompt ends."""
+    tokenizer = load(any_path)
+    ids = tokenizer.encode(STORY)
+    assert len(ids) > len(STORY), "some characters have several tokens"
+    for n in range(1, len(ids) + 1):
+        prompt = tokenizer.decode(ids[:n])
+        if prompt.endswith("\ufffd"):
+            continue
+        pieces = list(v9h.stream_text(one_by_one(ids[n:]), tokenizer, "", ids[:n]))
+        assert prompt + "".join(pieces) == STORY
+        assert "\ufffd" not in "".join(pieces)
+
+
+def test_text_streams_as_soon_as_its_characters_are_complete(any_path):
+    tokenizer = load(any_path)
+    prompt, ids = tokenizer.encode("The"), tokenizer.encode("The fox 🙂!")
+    ids = ids[len(prompt) :]
+    n_taken = 0
+
+    def take():
+        nonlocal n_taken
+        for token in one_by_one(ids):
+            n_taken += 1
+            yield token
+
+    shown = ""
+    for piece in v9h.stream_text(take(), tokenizer, "", prompt):
+        shown += piece
+        decoded = tokenizer.decode(prompt + ids[:n_taken])
+        assert "The" + shown == decoded.rstrip("\ufffd")
+    assert shown == " fox 🙂!"
+
+
+def test_a_character_that_never_ends_is_not_shown(folder):
+    tokenizer = load(folder)
+    ids = tokenizer.encode("hens 🙂")
+    pieces = list(v9h.stream_text(one_by_one(ids[:-1]), tokenizer, "", []))
+    assert "".join(pieces) == "hens "
+
+
+@pytest.mark.parametrize("stop", ["🙂", "va?", "?”\n\n  🙂 世", " 12345", "said:  “Ça va?”"])
+def test_a_stream_ends_before_stop(any_path, stop):
+    """Also if stop is in several tokens, or in the midst of one."""
+    tokenizer = load(any_path)
+    prompt, ids = tokenizer.encode("Zoë"), tokenizer.encode(STORY)
+    tokens = one_by_one(ids[len(prompt) :])
+    text = "".join(v9h.stream_text(tokens, tokenizer, stop, prompt))
+    assert "Zoë" + text == STORY[: STORY.index(stop)]
+    n_left = len(list(tokens))
+    assert tokenizer.decode(ids[: len(ids) - n_left]).endswith(stop), "and takes no more tokens"
+
+
+def test_stop_in_the_prompt_does_not_count(folder):
+    tokenizer = load(folder)
+    prompt, ids = tokenizer.encode("the fox"), tokenizer.encode(" jumps over the fox")
+    text = "".join(v9h.stream_text(one_by_one(ids), tokenizer, "fox", prompt))
+    assert text == " jumps over the "
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "n_shown"),
+    [
+        (None, None, 9),
+        ({"eos_token_id": 5}, None, 5),
+        ({"eos_token_id": [7, 3]}, None, 3),
+        ({"eos_token_id": None}, None, 9),
+        ({"eos_token_id": 5}, {"eos_token_id": 7}, 7),
+        ({"eos_token_id": 5}, {"eos_token_id": [6, 8]}, 6),
+        ({"eos_token_id": 5}, {"eos_token_id": None}, 5),
+        ({"eos_token_id": 5}, {}, 5),
+        (None, {"eos_token_id": [4]}, 4),
+    ],
+)
+def test_a_stream_ends_at_a_token_that_ends_a_text(folder, tmp_path, config, generation, n_shown):
+    """The tokens here are 60, 61, 62, ..., and those that end a text so many after the 60."""
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    contents = {"config.json": config, "generation_config.json": generation}
+    for name, content in contents.items():
+        if content is None:
+            continue
+        ids = content.get("eos_token_id")
+        if isinstance(ids, list):
+            content = {"eos_token_id": [60 + i for i in ids]}
+        elif ids is not None:
+            content = {"eos_token_id": 60 + ids}
+        (tmp_path / name).write_text(json.dumps(content), encoding="utf-8")
+    tokenizer = load(tmp_path)
+    ids = list(range(60, 69))
+    tokens = one_by_one(ids)
+    text = "".join(v9h.stream_text(tokens, tokenizer, "", []))
+    assert text == tokenizer.decode(ids[:n_shown])
+    assert len(list(tokens)) == max(0, 9 - n_shown - 1), "it takes no more tokens"
+
+
+def test_what_waited_for_stop_is_shown_when_a_text_ends(folder, tmp_path):
+    shutil.copy(folder / "tokenizer.json", tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
+    tokenizer = load(tmp_path)
+    ids = tokenizer.encode("the fox<|end|> jumps")
+    text = "".join(v9h.stream_text(one_by_one(ids), tokenizer, "foxes", []))
+    assert text == "the fox"
+
+
+# ---- runs
+
+
+@pytest.fixture
+def released(folder, tmp_path) -> Path:
+    """A folder as a model's, whose texts end at the token 0, and which has padded its vocabulary.
+
+    Tests may change it.
+    """
+    released = tmp_path / "released"
+    shutil.copytree(folder, released)
+    config = {"vocab_size": 320, "eos_token_id": 0}
+    (released / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return released
+
+
+def test_a_run_trains_on_the_tokens_of_the_file(any_path, corpus, capsys, monkeypatch):
+    corpus.write_text(STORY * 20, encoding="utf-8")
+    seen = []
+
+    def train(model, train_data, val_data, *_):
+        seen.append((model.lm_head.out_features, train_data, val_data))
+        raise data.InputError("seen enough")
+
+    monkeypatch.setattr(v9h, "train", train)
+    refused(v9h, capsys, *flags(corpus, tokenizer=any_path))
+    theirs = PreTrainedTokenizerFast(tokenizer_file=str(any_path))
+    n_vocab, train_data, val_data = seen[0]
+    assert n_vocab == len(theirs)
+    assert [*train_data, *val_data] == theirs.encode(STORY * 20)
+
+
+def test_a_sample_is_the_prompt_and_the_text_of_the_tokens(
+    released, corpus, capsys, monkeypatch
+):
+    ids = load(released).encode(" jumps 🙂<|end|> and sleeps")
+    monkeypatch.setattr(v9h.LanguageModel, "stream", lambda *_: one_by_one(ids))
+    out = output(capsys, *flags(corpus, tokenizer=released, prompt="The fox", num_samples=2))
+    found = re.search(r"^validation loss \S+ nats per token, .*\n", out, flags=re.MULTILINE)
+    assert out[found.end() :] == "The fox jumps 🙂\n---\nThe fox jumps 🙂\n"
+
+
+def test_a_checkpoint_has_its_tokenizer(released, corpus, tmp_path, capsys, monkeypatch):
+    """Also its end of a text, and how many tokens the model has."""
+    run = tmp_path / "run"
+    out = output(capsys, *flags(corpus, tokenizer=released, out_dir=run, prompt="The"))
+    again = ["--out_dir", run, "--device", "cpu"]
+    ids = load(released).encode(" fox<|end|> jumps")
+    shutil.rmtree(released)
+    assert out.endswith("\n" + output(capsys, "--sample_only", *again))
+    assert "step 4: " in output(capsys, "--resume", *again, "--max_iters", "4")
+    weights = torch.load(run / "latest.pt", weights_only=True)["model"]
+    assert len(weights["token_embedding.weight"]) == 320
+    monkeypatch.setattr(v9h.LanguageModel, "stream", lambda *_: one_by_one(ids))
+    assert output(capsys, "--sample_only", *again) == "The fox\n"
+
+
+def test_token_ids_above_65535_are_not_cut_off(tmp_path, corpus, capsys, monkeypatch):
+    words = [f"w{i}" for i in range(70_001)]
+    large = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}))
+    large.pre_tokenizer = pre_tokenizers.Whitespace()
+    large.save(str(tmp_path / "tokenizer.json"))
+    corpus.write_text("w70000 w3 w65536 " * 30, encoding="utf-8")
+    seen = []
+
+    def train(model, train_data, val_data, cfg, *_):
+        seen.extend([train_data, val_data])
+        x, y = v9h.get_batch(train_data, cfg)
+        _, loss = model(x, y)
+        assert loss.isfinite()
+        seen.extend([x, y])
+        raise data.InputError("seen enough")
+
+    monkeypatch.setattr(v9h, "train", train)
+    refused(v9h, capsys, *flags(corpus, tokenizer=tmp_path, n_embd=6, n_head=1, prompt="w3"))
+    for tokens in seen:
+        assert set(np.unique(tokens)) == {3, 65_536, 70_000}
+
+
+def test_characters_are_tokens_as_before(corpus, tmp_path, capsys):
+    """Without a tokenizer.json, this is v9g_llama.py."""
+    v9g.main([*tiny_flags(v9g, out_dir=tmp_path / "v9g"), "--data", str(corpus)])
+    expected = capsys.readouterr().out
+    out = output(capsys, *flags(corpus, out_dir=tmp_path / "v9h"))
+    assert losses_and_sample(out) == losses_and_sample(expected)
+    assert len(losses_and_sample(out)) > 50
+    weights = {}
+    for name in ("v9g", "v9h"):
+        weights[name] = torch.load(tmp_path / name / "best.pt", weights_only=True)["model"]
+    assert list(weights["v9g"]) == list(weights["v9h"])
+    for name, weight in weights["v9g"].items():
+        assert torch.equal(weight, weights["v9h"][name]), name
+
+
+# ---- what a user may get wrong
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("missing.json", None), ("missing/tokenizer.json", None), ("text.json", b"The fox"),
+        ("other.json", b'{"model": 3}'), ("empty.json", b""), ("noise.json", bytes(range(256))),
+    ],
+)  # fmt: skip
+def test_a_path_without_a_tokenizer_is_refused(corpus, tmp_path, capsys, name, content):
+    path = tmp_path / name
+    if content is not None:
+        path.write_bytes(content)
+    run = tmp_path / "run"
+    line = refused(v9h, capsys, *flags(corpus, tokenizer=path, out_dir=run))
+    why = "can't read it" if content is None else "not a tokenizer.json"
+    assert line.startswith(f"error: --tokenizer {path}: {why} (")
+    assert "()" not in line
+    assert not run.exists()
+
+
+def test_a_folder_without_a_tokenizer_is_refused(corpus, tmp_path, capsys):
+    line = refused(v9h, capsys, *flags(corpus, tokenizer=tmp_path))
+    path = tmp_path / "tokenizer.json"
+    assert line.startswith(f"error: --tokenizer {path}: can't read it (No such file")
+    assert line.endswith("; give the path of a tokenizer.json")
+
+
+@pytest.fixture
+def few_letters(tmp_path) -> Path:
+    """A tokenizer.json that has no tokens for other letters, and none for spaces."""
+    letters = {letter: i for i, letter in enumerate("foxhens")}
+    tokenizer = Tokenizer(models.BPE(letters, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "letters.json"))
+    return tmp_path / "letters.json"
+
+
+@pytest.mark.parametrize("flag", ["prompt", "stop", "prompt_file", "data"])
+@pytest.mark.parametrize("text", ["fox dog", " \n "])
+def test_a_text_that_can_not_be_encoded_is_refused(
+    few_letters, tmp_path, capsys, flag, text, corpus
+):
+    """One with letters that have no tokens, and one that is no tokens at all."""
+    corpus.write_text("fox hens " * 90, encoding="utf-8")
+    value = text
+    if flag in ("data", "prompt_file"):
+        value = tmp_path / "text.txt"
+        value.write_text(text, encoding="utf-8")
+    typed = {"tokenizer": few_letters, "data": corpus, "prompt": "fox", flag: value}
+    line = refused(v9h, capsys, *tiny_flags(v9h, **typed))
+    assert line.startswith(f"error: --{flag}: the tokenizer ")
+
+
+def test_half_a_character_in_the_prompt_is_refused(folder, corpus, capsys):
+    """A terminal that doesn't send UTF-8 makes such a prompt of an accent."""
+    line = refused(v9h, capsys, *flags(corpus, tokenizer=folder, prompt="Zo\udceb"))
+    assert line.startswith("error: --prompt: the tokenizer can't encode it (")
+
+
+def test_a_run_keeps_its_tokenizer(folder, corpus, tmp_path, capsys):
+    for name, before, after in (("file", folder, "char"), ("char", "char", folder)):
+        run = tmp_path / name
+        output(capsys, *flags(corpus, tokenizer=before, out_dir=run, max_iters=0))
+        for mode in ("--resume", "--sample_only"):
+            line = refused(v9h, capsys, mode, "--out_dir", run, "--tokenizer", after)
+            has = f"the checkpoint has {str(before)!r}, which can't be changed"
+            assert line.startswith(f"error: --tokenizer {after}: {has}; ")

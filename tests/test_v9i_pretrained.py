@@ -1,0 +1,648 @@
+"""v9i_pretrained.py: Llama and Qwen3 in and out, compared with transformers, and fine-tuning.
+
+How the files of models are found, read and refused is tested in test_llama.py.
+"""
+
+import json
+import logging
+import re
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+import data
+from data import llama
+
+import pytest
+import torch
+from conftest import TEXT, refused, tiny_flags
+from safetensors.torch import load_file
+from test_v9h_tokenizer import byte_level
+from torch.nn import functional as F
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+import v9i_pretrained as v9i
+
+KINDS = {
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "mistral": (MistralConfig, MistralForCausalLM),
+}
+N_VOCAB = 300  # the tokens of byte_level()
+SIZES = {
+    "vocab_size": N_VOCAB, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
+    "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-3,
+    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA3 = {
+    "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0, "original_max_position_embeddings": 32,
+}  # fmt: skip
+DEFAULT = {"rope_type": "default", "rope_theta": 700.0}
+BRIEFLY = ["--device", "cpu", "--max_new_tokens", "1"]
+ONE_FILE, SHARDS = "1GB", "20KB"
+
+# Every two values occur together: kind, tied, key/value heads, width of a head, rotation, files.
+CASES = [
+    ("llama", True, 1, 8, DEFAULT, ONE_FILE),
+    ("llama", True, 3, 12, LLAMA3, SHARDS),
+    ("llama", False, 1, 12, LLAMA3, ONE_FILE),
+    ("llama", False, 3, 8, DEFAULT, SHARDS),
+    ("qwen3", True, 1, 12, DEFAULT, SHARDS),
+    ("qwen3", True, 3, 8, LLAMA3, ONE_FILE),
+    ("qwen3", False, 1, 8, LLAMA3, SHARDS),
+    ("qwen3", False, 3, 12, DEFAULT, ONE_FILE),
+]
+
+
+def make_reference(kind: str, **changes):
+    """A random model of transformers, whose choices are far from even."""
+    config, model = KINDS[kind]
+    if kind == "mistral":
+        changes["sliding_window"] = None
+    torch.manual_seed(2)
+    made = model(config(**SIZES | changes))
+    for parameter in made.parameters():
+        is_norm = parameter.ndim == 1
+        torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.2)
+    return made.eval()
+
+
+def save(model, folder: Path, size: str = ONE_FILE) -> None:
+    """Write a model of transformers as it is released, with a tokenizer."""
+    model.save_pretrained(folder, max_shard_size=size)
+    byte_level().save(str(folder / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: "-".join(map(name_of, case)))
+def released(request, tmp_path_factory):
+    """A folder with a small model of each kind, and the model. Tests must not write to it."""
+    kind, tied, n_kv_head, head_dim, rope, size = request.param
+    sizes = {"num_key_value_heads": n_kv_head, "head_dim": head_dim, "tie_word_embeddings": tied}
+    model = make_reference(kind, rope_parameters=rope, **sizes)
+    folder = tmp_path_factory.mktemp("released")
+    save(model, folder, size)
+    assert (folder / "model.safetensors.index.json").exists() == (size == SHARDS)
+    return folder, model
+
+
+def name_of(value) -> str:
+    """A part of the name of a case."""
+    return value["rope_type"] if isinstance(value, dict) else str(value)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with a small Llama in float32. Tests may change it."""
+    save(make_reference("llama"), tmp_path / "model")
+    return tmp_path / "model"
+
+
+def settings(folder: Path, *typed: str):
+    return v9i.read_settings(llama.read_config(folder), ["--device", "cpu", *typed])
+
+
+def load(folder: Path, *flags: str, dtype: torch.dtype = torch.float32):
+    """The model that --init_from makes of a folder."""
+    cfg = settings(folder, *flags)
+    n_vocab = llama.read_config(folder)["vocab_size"]
+    return v9i.load_released(folder, cfg, n_vocab, dtype).eval()
+
+
+def load_in_transformers(folder: Path):
+    """The model that transformers makes of a folder, without a single warning."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
+    logger = logging.getLogger("transformers")
+    logger.addHandler(handler)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            model, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+            model.generate(torch.zeros(1, 2).long(), max_new_tokens=1, do_sample=False)
+    finally:
+        logger.removeHandler(handler)
+    assert said == []
+    assert not any(report.values())
+    return model.eval()
+
+
+def flags(corpus, **changes):
+    return [*tiny_flags(v9i, **changes), "--data", str(corpus)]
+
+
+def output(capsys, *flags):
+    capsys.readouterr()
+    v9i.main([str(flag) for flag in flags])
+    return capsys.readouterr().out
+
+
+def largest_difference(ours, theirs) -> float:
+    return (ours - theirs).abs().max().item()
+
+
+# ---- the same function as transformers
+
+
+@torch.no_grad()
+def test_logits_equal_those_of_transformers(released):
+    folder, theirs = released
+    ours = load(folder)
+    idx = torch.randint(N_VOCAB, (3, 60))
+    for T in (1, 7, 60):
+        logits, _ = ours(idx[:, :T])
+        assert logits.shape == (3, T, N_VOCAB)
+        assert largest_difference(logits, theirs(idx[:, :T]).logits) < 1e-4
+
+
+@torch.no_grad()
+def test_logits_from_the_cache_equal_those_of_transformers(released):
+    folder, theirs = released
+    ours = load(folder)
+    idx = torch.randint(N_VOCAB, (2, 60))
+    expected = theirs(idx).logits
+    caches = ours.make_caches(2)
+    begin = 0
+    for length in (5, 1, 1, 4, 49):
+        logits, _ = ours(idx[:, begin : begin + length], caches=caches)
+        assert largest_difference(logits, expected[:, begin : begin + length]) < 1e-4
+        begin += length
+    assert begin == 60
+
+
+@torch.no_grad()
+def test_logits_beyond_the_cache_equal_those_of_transformers_with_a_banded_mask(released):
+    """Each position sees the last block_size positions."""
+    folder, theirs = released
+    ours = load(folder, "--block_size", "10")
+    idx = torch.randint(N_VOCAB, (2, 40))
+    causal = torch.ones(40, 40, dtype=torch.bool).tril()
+    band = causal & causal.tril(diagonal=-10).logical_not()
+    mask = band.expand(2, 1, 40, 40)
+    expected = theirs(idx, attention_mask=mask).logits
+    assert largest_difference(expected, theirs(idx).logits) > 1e-2
+    caches = ours.make_caches(2)
+    begin = 0
+    for length in [4, 6] + 30 * [1]:
+        logits, _ = ours(idx[:, begin : begin + length], caches=caches)
+        assert largest_difference(logits, expected[:, begin : begin + length]) < 1e-4
+        begin += length
+    assert begin == 40
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("head_dim", [8, 12])
+def test_a_mistral_without_sliding_windows_is_a_llama(tmp_path, head_dim):
+    theirs = make_reference("mistral", head_dim=head_dim)
+    save(theirs, tmp_path)
+    idx = torch.randint(N_VOCAB, (2, 60))
+    assert largest_difference(load(tmp_path)(idx)[0], theirs(idx).logits) < 1e-4
+
+
+def test_losses_equal_those_of_transformers(released):
+    folder, theirs = released
+    idx = torch.randint(N_VOCAB, (3, 24))
+    _, loss = load(folder)(idx[:, :-1], idx[:, 1:])
+    assert loss.item() == pytest.approx(theirs(idx, labels=idx).loss.item(), abs=1e-4)
+
+
+def continued(theirs, idx, eos_token_id=None):
+    """The most likely 50 tokens after idx, by transformers."""
+    how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 50, "do_sample": False}
+    return theirs.generate(idx, eos_token_id=eos_token_id, pad_token_id=0, **how)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
+    theirs = make_reference(kind, rope_parameters=LLAMA3)
+    save(theirs, tmp_path)
+    idx = torch.randint(N_VOCAB, (2, 9))
+    text = load(tmp_path, "--temperature", "0").generate(idx, 50)
+    assert text.shape == (2, 59)
+    assert torch.equal(text, continued(theirs, idx))
+    assert len(set(text[0, 9:].tolist())) > 9, "not the same few tokens for ever"
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_released_model_just_generates(tmp_path, capsys, monkeypatch, kind):
+    """It needs no corpus, writes nothing, and ends where transformers ends."""
+    folder, here = tmp_path / "model", tmp_path / "here"
+    theirs = make_reference(kind)
+    save(theirs, folder)
+    here.mkdir()
+    monkeypatch.chdir(here)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"))
+    idx = torch.tensor([tokenizer.encode("The fox")])
+    n_prompt = idx.shape[1]
+    endless = continued(theirs, idx)[0].tolist()
+    new = [i for i in range(n_prompt + 5, n_prompt + 40) if endless[i] not in endless[:i]]
+    end_of_text = [endless[new[0]], endless[new[1]]]
+    for eos_token_id in (None, end_of_text[1], end_of_text):
+        saved = {"eos_token_id": eos_token_id}
+        (folder / "generation_config.json").write_text(json.dumps(saved), encoding="utf-8")
+        sampling = ["--sample_only", "--temperature", "0", "--max_new_tokens", "50"]
+        prompt = ["--prompt", "The fox", "--data", "missing.txt", "--device", "cpu"]
+        out = output(capsys, "--init_from", folder, *sampling, *prompt)
+        ids = continued(theirs, idx, eos_token_id)[0].tolist()
+        if eos_token_id is None:
+            assert ids == endless
+        else:
+            assert n_prompt + 5 < len(ids) < len(endless)
+            ids = ids[:-1]
+        assert out == tokenizer.decode(ids).rstrip("\ufffd") + "\n"
+    assert list(here.iterdir()) == []
+
+
+# ---- released models, from their config.json
+
+SMOLLM2_135M = {
+    "model_type": "llama", "hidden_act": "silu", "hidden_size": 576, "intermediate_size": 1536,
+    "max_position_embeddings": 8192, "num_attention_heads": 9, "num_hidden_layers": 30,
+    "num_key_value_heads": 3, "rms_norm_eps": 1e-05, "rope_scaling": None, "rope_theta": 100000,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "vocab_size": 49152,
+}  # fmt: skip
+QWEN3_600M = {
+    "model_type": "qwen3", "head_dim": 128, "hidden_act": "silu", "hidden_size": 1024,
+    "intermediate_size": 3072, "max_position_embeddings": 40960, "max_window_layers": 28,
+    "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 1000000, "sliding_window": None,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    "attention_bias": False, "vocab_size": 151936,
+}  # fmt: skip
+LLAMA_1B = {
+    "model_type": "llama", "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
+    "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
+    "num_hidden_layers": 16, "num_key_value_heads": 8, "rms_norm_eps": 1e-05,
+    "rope_scaling": {"factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                     "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+    "rope_theta": 500000.0, "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+    "attention_bias": False, "mlp_bias": False, "vocab_size": 128256,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "n_parameters"),
+    [(SMOLLM2_135M, 134_515_008), (QWEN3_600M, 596_049_920), (LLAMA_1B, 1_235_814_400)],
+    ids=["SmolLM2-135M", "Qwen3-0.6B", "Llama-3.2-1B"],
+)
+def test_released_models_have_as_many_parameters(tmp_path, config, n_parameters):
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    cfg = settings(tmp_path)
+    with torch.device("meta"):
+        model = v9i.LanguageModel(cfg, config["vocab_size"])
+    assert sum(p.numel() for p in model.parameters()) == n_parameters
+    weights = v9i.released_weights(model)
+    assert sum(weight.numel() for weight in weights.values()) == n_parameters
+
+
+# ---- memory and dtypes
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_released_weights_are_the_parameters_themselves(kind, tied, tmp_path):
+    theirs = make_reference(kind, tie_word_embeddings=tied)
+    save(theirs, tmp_path)
+    model = load(tmp_path)
+    weights = v9i.released_weights(model)
+    shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
+    assert {name: weight.shape for name, weight in weights.items()} == shapes
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert {weight.untyped_storage().data_ptr() for weight in weights.values()} == own
+    for weight in weights.values():
+        weight.zero_()
+    assert not any(parameter.any() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_has_its_dtype_from_the_start(folder, monkeypatch, dtype):
+    """Not only after it was in memory with a larger one."""
+    seen = set()
+
+    class LanguageModel(v9i.LanguageModel):
+        def __init__(self, *sizes):
+            super().__init__(*sizes)
+            seen.update(parameter.dtype for parameter in self.parameters())
+
+    monkeypatch.setattr(v9i, "LanguageModel", LanguageModel)
+    model = load(folder, dtype=dtype)
+    assert seen == {dtype}
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert torch.ones(1).dtype == torch.float32
+
+
+def dtypes_used(monkeypatch, capsys, *typed) -> set:
+    """The dtypes of the weights with which main() samples, or trains."""
+    seen = set()
+
+    def stream(model, *_):
+        seen.update(parameter.dtype for parameter in model.parameters())
+        return iter([])
+
+    def train(model, *_):
+        seen.update(parameter.dtype for parameter in model.parameters())
+        raise data.InputError("seen enough")
+
+    monkeypatch.setattr(v9i.LanguageModel, "stream", stream)
+    monkeypatch.setattr(v9i, "train", train)
+    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    if "--sample_only" in typed:
+        v9i.main([str(word) for word in typed])
+    else:
+        refused(v9i, capsys, *typed)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("stored", "typed", "expected"),
+    [
+        (torch.bfloat16, [], torch.bfloat16),
+        (torch.float16, [], torch.float16),
+        (torch.float32, [], torch.float32),
+        (torch.bfloat16, ["--dtype", "float32"], torch.float32),
+        (torch.float32, ["--dtype", "bfloat16"], torch.bfloat16),
+    ],
+)
+def test_samples_are_drawn_in_the_dtype_of_the_file(
+    tmp_path, corpus, capsys, monkeypatch, stored, typed, expected
+):
+    """A flag overrides it, and training needs float32."""
+    save(make_reference("qwen3").to(stored), tmp_path / "model")
+    typed = ["--init_from", tmp_path / "model", "--device", "cpu", *typed]
+    assert dtypes_used(monkeypatch, capsys, *typed, "--sample_only") == {expected}
+    training = ["--data", corpus, "--block_size", "9", "--out_dir", tmp_path / "run"]
+    assert dtypes_used(monkeypatch, capsys, *typed, *training) == {torch.float32}
+
+
+@torch.no_grad()
+def test_bfloat16_is_close_to_float32(tmp_path):
+    theirs = make_reference("qwen3", rope_parameters=LLAMA3).to(torch.bfloat16)
+    save(theirs, tmp_path)
+    idx = torch.randint(N_VOCAB, (2, 60))
+    exact = load(tmp_path)(idx)[0]
+    logits = load(tmp_path, dtype=torch.bfloat16)(idx)[0]
+    assert logits.dtype == torch.bfloat16
+    error = largest_difference(logits.float(), exact)
+    assert 0 < error < 1.5 * largest_difference(theirs(idx).logits.float(), exact)
+
+
+# ---- exports
+
+
+@torch.no_grad()
+def test_an_exported_model_is_the_same_in_transformers_and_here(released, tmp_path, capsys):
+    folder, theirs = released
+    export = tmp_path / "new" / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
+    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    assert {path.name for path in export.iterdir()} == names
+    again = load_in_transformers(export)
+    assert type(again) is type(theirs)
+    idx = torch.randint(N_VOCAB, (2, 60))
+    assert largest_difference(again(idx).logits, theirs(idx).logits) < 1e-4
+    ours = load(export)
+    assert largest_difference(ours(idx)[0], theirs(idx).logits) < 1e-4
+    stored = load_file(export / "model.safetensors")
+    weights = dict(theirs.named_parameters())
+    assert set(stored) == set(weights)
+    for name, weight in weights.items():
+        assert torch.equal(stored[name], weight), name
+    assert llama.read_config(export) == {
+        **llama.read_config(folder), "tokenizer": str(export)
+    }  # fmt: skip
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(export / "tokenizer.json"))
+    assert tokenizer.encode(TEXT) == byte_level().encode(TEXT).ids
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_export_keeps_the_dtype(tmp_path, capsys, dtype):
+    save(make_reference("llama").to(dtype), tmp_path / "model")
+    typed = ["--init_from", tmp_path / "model", "--sample_only", *BRIEFLY]
+    cases = (("same", "auto", dtype), ("larger", "float32", torch.float32))
+    for export, typed_dtype, expected in cases:
+        output(capsys, *typed, "--dtype", typed_dtype, "--export", tmp_path / export)
+        stored = load_file(tmp_path / export / "model.safetensors").values()
+        assert {weight.dtype for weight in stored} == {expected}
+        assert load_in_transformers(tmp_path / export).dtype == expected
+
+
+@pytest.mark.parametrize("eos_token_id", [None, 7, [7, 3]])
+def test_an_export_ends_its_texts_like_the_model(folder, tmp_path, capsys, eos_token_id):
+    saved = {"eos_token_id": eos_token_id}
+    (folder / "generation_config.json").write_text(json.dumps(saved), encoding="utf-8")
+    export = tmp_path / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
+    assert load_in_transformers(export).config.eos_token_id == eos_token_id
+    expected = llama.read_tokenizer(folder, "--tokenizer")["end_of_text"]
+    assert llama.read_tokenizer(export, "--tokenizer")["end_of_text"] == expected
+
+
+@pytest.mark.parametrize("sizes", [
+    ["--n_kv_head", "1"], ["--qk_norm", "--tie_word_embeddings", "--n_kv_head", "3"],
+    ["--head_size", "8", "--intermediate_size", "24", "--rope_theta", "99", "--rope_factor", "4",
+     "--original_max_position_embeddings", "4"],
+], ids=["default", "qwen3", "llama3"])  # fmt: skip
+def test_the_best_weights_of_a_run_are_exported(corpus, tmp_path, capsys, monkeypatch, sizes):
+    losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
+    monkeypatch.setattr(v9i, "estimate_loss", lambda *_: next(losses))
+    (tmp_path / "tokens").mkdir()
+    byte_level().save(str(tmp_path / "tokens" / "tokenizer.json"))
+    run, export = tmp_path / "run", tmp_path / "export"
+    typed = {"tokenizer": tmp_path / "tokens", "warmup_iters": 0, "out_dir": run, "export": export}
+    v9i.main([*flags(corpus, **typed), *sizes])
+    assert capsys.readouterr().err.count(f"exported to {export}\n") == 1
+    state = torch.load(run / "best.pt", weights_only=True)
+    ours = v9i.LanguageModel(v9i.Config(**state["config"]), N_VOCAB).eval()
+    ours.load_state_dict(state["model"])
+    theirs = load_in_transformers(export)
+    assert type(theirs) is (Qwen3ForCausalLM if "--qk_norm" in sizes else LlamaForCausalLM)
+    idx = torch.randint(N_VOCAB, (2, 5))
+    logits = ours(idx)[0].detach()
+    assert largest_difference(theirs(idx).logits, logits) < 1e-4
+    assert largest_difference(load(export)(idx)[0], logits) < 1e-4
+    ours.load_state_dict(torch.load(run / "latest.pt", weights_only=True)["model"])
+    assert largest_difference(ours(idx)[0], logits) > 1e-3
+    again = tmp_path / "again"
+    output(capsys, "--sample_only", "--out_dir", run, "--export", again)
+    for path in export.iterdir():
+        assert (again / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_characters_of_a_model_come_with_its_export(corpus, tmp_path, capsys):
+    export = tmp_path / "export"
+    text = output(capsys, *flags(corpus, export=export, prompt="The ", max_new_tokens=60))
+    assert {path.name for path in export.iterdir()} == {"config.json", "model.safetensors"}
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    assert config["characters"] == "".join(sorted(set(TEXT)))
+    load_in_transformers(export)
+    sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
+    sampling += ["--data", "missing.txt"]
+    sample = output(capsys, "--init_from", export, *sampling)
+    assert len(sample) == len("The \n") + 60
+    assert text.endswith("\n" + sample)
+    line = refused(v9i, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
+    assert line.startswith("error: --prompt: ")
+    assert "'Z', 'ë'" in line
+
+
+def test_a_text_with_unknown_characters_can_not_go_on_training_a_model(corpus, tmp_path, capsys):
+    export = tmp_path / "export"
+    v9i.main(flags(corpus, export=export, max_iters=0))
+    tuning = ["--init_from", export, "--data", corpus, "--max_iters", "1", "--device", "cpu"]
+    tuning += ["--block_size", "20", "--max_new_tokens", "5"]
+    assert "step 1: " in output(capsys, *tuning, "--out_dir", tmp_path / "known")
+    corpus.write_text(TEXT.replace("q", "Q"), encoding="utf-8")  # just as many characters
+    line = refused(v9i, capsys, *tuning, "--out_dir", tmp_path / "unknown")
+    assert line.startswith("error: --data: ")
+    assert "'Q'" in line
+    assert not (tmp_path / "unknown" / "latest.pt").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "model"])
+def test_an_unusable_export_is_refused_before_any_work(
+    folder, corpus, tmp_path, capsys, monkeypatch, place
+):
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    monkeypatch.setattr(data, "load_text", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(llama, "copy_weights", lambda *_: pytest.fail("too late"))
+    for typed in (["--init_from", folder, "--sample_only"], ["--data", corpus]):
+        line = refused(v9i, capsys, *typed, "--export", tmp_path / place)
+        assert line.startswith(f"error: --export {tmp_path / place}: ")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
+def test_sampling_does_not_export_again(corpus, tmp_path, capsys):
+    run, export = tmp_path / "run", tmp_path / "export"
+    v9i.main(flags(corpus, out_dir=run, export=export, max_iters=0))
+    shutil.rmtree(export)
+    capsys.readouterr()
+    v9i.main(["--sample_only", "--out_dir", str(run)])
+    assert "export" not in capsys.readouterr().err
+    assert not export.exists()
+    v9i.main(["--resume", "--out_dir", str(run), "--max_iters", "1"])
+    assert (export / "model.safetensors").exists(), "but a run that goes on exports at its end"
+
+
+# ---- the settings of a released model
+
+
+def test_a_released_model_brings_its_sizes(tmp_path):
+    save(make_reference("qwen3", rope_parameters=LLAMA3), tmp_path)
+    cfg = settings(tmp_path)
+    expected = {
+        "n_embd": 36, "n_head": 3, "n_layer": 2, "n_kv_head": 1, "head_size": 8,
+        "intermediate_size": 40, "qk_norm": True, "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-3, "rope_theta": 500.0, "rope_factor": 8.0,
+        "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32, "tokenizer": str(tmp_path),
+    }  # fmt: skip
+    assert set(expected) == set(v9i.SIZES)
+    assert vars(cfg).items() >= expected.items()
+
+
+def test_fine_tuning_has_defaults_of_its_own(folder):
+    cfg = settings(folder)
+    assert vars(cfg).items() >= v9i.FINE_TUNING.items()
+    assert cfg.learning_rate < v9i.Config.learning_rate / 10
+    cfg = settings(folder, "--learning_rate", "0.5", "--dropout", "0.1", "--batch_size", "9")
+    assert (cfg.learning_rate, cfg.dropout, cfg.batch_size) == (0.5, 0.1, 9)
+
+
+def test_fine_tuning_is_the_same_on_a_gpu(folder, monkeypatch):
+    monkeypatch.setattr(data.flags, "is_usable", lambda device: True)
+    on_cpu = asdict(settings(folder))
+    on_gpu = asdict(settings(folder, "--device", "cuda"))
+    for name in ("device", "compile"):
+        del on_cpu[name], on_gpu[name]
+    assert on_gpu == on_cpu
+
+
+def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(folder):
+    assert settings(folder).warmup_iters == v9i.FINE_TUNING["max_iters"] // 10 > 0
+    assert settings(folder, "--max_iters", "50").warmup_iters == 5
+    assert settings(folder, "--max_iters", "50", "--warmup_iters", "7").warmup_iters == 7
+
+
+@pytest.mark.parametrize("name", v9i.SIZES)
+def test_other_sizes_are_refused_by_name(folder, capsys, name):
+    others = {
+        "qk_norm": ["--qk_norm"], "tie_word_embeddings": ["--no-tie_word_embeddings"],
+        "tokenizer": ["--tokenizer", "char"], "rms_norm_eps": ["--rms_norm_eps", "0.5"],
+    }  # fmt: skip
+    typed = others.get(name, [f"--{name}", "5"])
+    line = refused(v9i, capsys, "--init_from", folder, *typed)
+    assert line.startswith(f"error: --{name} ")
+    assert "can't be changed" in line
+
+
+def test_a_run_can_not_both_start_and_go_on(folder, tmp_path, capsys):
+    line = refused(v9i, capsys, "--init_from", folder, "--resume", "--out_dir", tmp_path)
+    assert line.startswith("error: --init_from: ")
+    assert "--resume" in line
+
+
+def test_a_model_without_its_tokenizer_is_refused(folder, capsys):
+    (folder / "tokenizer.json").unlink()
+    line = refused(v9i, capsys, "--init_from", folder, "--sample_only")
+    assert f"{folder / 'tokenizer.json'}: can't read it (" in line
+
+
+def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused(tmp_path, capsys):
+    save(make_reference("llama", vocab_size=299), tmp_path)
+    line = refused(v9i, capsys, "--init_from", tmp_path, "--sample_only")
+    assert "its vocab_size is 299, but tokenizer.json has 300 tokens" in line
+
+
+@torch.no_grad()
+def test_a_model_may_have_more_tokens_than_its_tokenizer(tmp_path, capsys):
+    theirs = make_reference("llama", vocab_size=320)
+    save(theirs, tmp_path)
+    idx = torch.randint(320, (2, 30))
+    assert largest_difference(load(tmp_path)(idx)[0], theirs(idx).logits) < 1e-4
+    flags = ["--sample_only", "--max_new_tokens", "9", "--device", "cpu", "--prompt", "Hens"]
+    assert output(capsys, "--init_from", tmp_path, *flags).startswith("Hens")
+
+
+# ---- fine-tuning
+
+
+def test_fine_tuning_starts_from_the_released_weights(folder, corpus, tmp_path, capsys):
+    typed = ["--init_from", folder, "--data", corpus, "--eval_iters", "9", "--device", "cpu"]
+    typed += ["--out_dir", tmp_path / "run", "--block_size", "20", "--learning_rate", "1e-2"]
+    typed += ["--max_iters", "20", "--eval_interval", "20", "--max_new_tokens", "5"]
+    out = output(capsys, *typed)
+    losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
+    tokens = torch.tensor(byte_level().encode(TEXT).ids)
+    val_data = tokens[len(tokens) * 9 // 10 :]
+    windows = torch.stack([val_data[i : i + 21] for i in range(0, len(val_data) - 20, 20)])
+    with torch.no_grad():
+        logits = load_in_transformers(folder)(windows[:, :-1]).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert losses[0] == pytest.approx(expected.item(), abs=2e-4)
+    assert losses[1] < 0.9 * losses[0]
+
+
+def test_a_fine_tuned_run_goes_on_without_the_released_model(folder, corpus, tmp_path, capsys):
+    run = tmp_path / "run"
+    tuning = ["--init_from", folder, "--data", corpus, "--max_iters", "2", "--device", "cpu"]
+    tuning += ["--block_size", "20", "--prompt", "The", "--temperature", "0"]
+    out = output(capsys, *tuning, "--out_dir", run, "--max_new_tokens", "15")
+    shutil.rmtree(folder)
+    assert out.endswith("\n" + output(capsys, "--sample_only", "--out_dir", run))
+    output(capsys, "--resume", "--out_dir", run, "--max_iters", "3")
+    state = torch.load(run / "latest.pt", weights_only=True)
+    assert state["step"] == 3
+    assert state["config"]["init_from"] == str(folder)
+    assert state["config"]["learning_rate"] == v9i.FINE_TUNING["learning_rate"]
