@@ -122,8 +122,8 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens kept.
 
-        A token that comes to a full cache, which must be a single one, replaces the oldest. The
-        order of the keys doesn't matter to attention; their positions are in their rotation.
+        Several tokens must fit into the room that is left. In a full cache, a single token replaces
+        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -172,8 +172,8 @@ class RMSNorm(nn.Module):
 class MultiHeadAttention(nn.Module):
     """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
 
-    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
-    n_embd.
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if the heads can't have the
+    same even size.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -181,7 +181,8 @@ class MultiHeadAttention(nn.Module):
         if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         if cfg.n_embd // cfg.n_head % 2 != 0:
-            raise data.InputError(f"--n_embd {cfg.n_embd}: heads of odd size; rotation needs pairs")
+            why = f"not a multiple of 2 * --n_head {cfg.n_head}, but rotation needs pairs"
+            raise data.InputError(f"--n_embd {cfg.n_embd}: {why}")
         self.n_head = cfg.n_head
         self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)

@@ -76,20 +76,20 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", gpu="", cpu="")
     stop: str = setting("end a sample before this text", gpu="", cpu="")
     n_kv_head: int = setting("key/value heads in a layer", gpu=2, cpu=2, least=1)
-    head_size: int = setting("width of a head; 0: n_embd / n_head", gpu=0, cpu=0)
-    intermediate_size: int = setting("hidden width; 0: about 8/3 n_embd", gpu=0, cpu=0)
+    head_size: int = setting("width of a head; 0: n_embd / n_head", gpu=0, cpu=0, below=2**20)
+    intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
-    tie_word_embeddings: bool = setting("output layer = embedding", gpu=False, cpu=False)
+    tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
     rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, most=1)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
-    rope_factor: float = setting("slows slow rotations down; 1: off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("slow: up to so many turns", gpu=1.0, cpu=1.0)
-    rope_high_freq_factor: float = setting("fast: at least so many turns", gpu=4.0, cpu=4.0)
-    original_max_position_embeddings: int = setting("... in so many tokens", gpu=8192, cpu=8192)
+    rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
+    rope_low_freq_factor: float = setting("turns that still are slow", gpu=1.0, cpu=1.0)
+    rope_high_freq_factor: float = setting("turns that already are fast", gpu=4.0, cpu=4.0)
+    original_max_position_embeddings: int = setting("context to count turns in", gpu=8192, cpu=8192)
     tokenizer: str = setting("char, or the path of a tokenizer.json", gpu="char", cpu="char")
 
 
-# The settings that determine what the weights are and mean.
+# The settings that the weights were trained with, so they can't change.
 SIZES = [
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qk_norm",
     "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor",
@@ -143,14 +143,14 @@ def autocast(cfg: Config) -> torch.autocast:
 
 
 def head_size_of(cfg: Config) -> int:
-    """The width of a head; raises data.InputError if n_head doesn't divide n_embd, or if odd."""
+    """The width of a head; raises data.InputError if it isn't an even number."""
     head_size = cfg.head_size
     if head_size == 0:
         if cfg.n_embd % cfg.n_head != 0:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
     if head_size % 2 != 0:
-        raise data.InputError(f"--n_embd {cfg.n_embd}: heads of odd size; rotation needs pairs")
+        raise data.InputError(f"--head_size {head_size}: odd, but rotation needs pairs")
     return head_size
 
 
@@ -171,8 +171,8 @@ class KVCache:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
 
-        A token that comes to a full cache, which must be a single one, replaces the oldest. The
-        order of the keys doesn't matter to attention; their positions are in their rotation.
+        Several tokens must fit into the room that is left. In a full cache, a single token replaces
+        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -231,8 +231,8 @@ class RMSNorm(nn.Module):
 class MultiHeadAttention(nn.Module):
     """n_head heads and a projection of their outputs (Vaswani et al. 2017, section 3.2.2).
 
-    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if n_head doesn't divide
-    n_embd.
+    Maps float (B, T, n_embd) to the same shape. Raises data.InputError if the heads can't have the
+    same even size, or if n_kv_head doesn't divide n_head.
     """
 
     def __init__(self, cfg: Config) -> None:

@@ -206,6 +206,9 @@ def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
         rope.update(NO_SCALING)
     length = "original_max_position_embeddings"
     rope.setdefault(length, config.get("max_position_embeddings"))
+    if number(rope, "low_freq_factor", path) >= number(rope, "high_freq_factor", path):
+        why = "its low_freq_factor isn't below its high_freq_factor"
+        raise InputError(f"--init_from {path}: {why}")
     return {
         "rope_theta": number(rope, "rope_theta", path),
         "rope_factor": number(rope, "factor", path),

@@ -59,6 +59,7 @@ class Config:
     )
     n_embd: int = setting("width of the embeddings", gpu=384, cpu=384, least=1)
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=6, least=1)
+    n_kv_head: int = setting("key/value heads from v9d on", gpu=2, cpu=2, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=6, least=1, below=1001)
     dropout: float = setting("probability of dropping an activation", gpu=0.0, cpu=0.0, below=1)
     dtype: str = setting(
@@ -343,6 +344,9 @@ def main(argv: list[str] | None = None) -> None:
             raise data.InputError(f"--models, --writers: {why}")
         if cfg.n_embd % cfg.n_head:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
+        if cfg.n_head % cfg.n_kv_head:
+            why = f"not a multiple of --n_kv_head {cfg.n_kv_head}"
+            raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         v6b_fast.choose_dtype(config_of(v6b_fast, cfg))
         path = Path(cfg.out) / "bench.md"
         try:

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import v7b_kv_cache
+import v9d_gqa
 from lab.evaluate import whole_loss
 from lab.ladder import PARENTS, SCRIPTS, changed_lines
 
@@ -43,8 +43,8 @@ ON_CHARACTERS = ",".join(name for name in SCRIPTS if not name.startswith("v8"))
 
 
 @dataclass
-class Config(v7b_kv_cache.Config):
-    """The settings of v7b_kv_cache.py, and what to compare."""
+class Config(v9d_gqa.Config):
+    """The settings of v9d_gqa.py, and what to compare."""
 
     scripts: str = setting(
         "scripts to train, separated by commas", gpu=ON_CHARACTERS, cpu=ON_CHARACTERS
@@ -55,7 +55,7 @@ class Config(v7b_kv_cache.Config):
 
 # The settings that are the same for all scripts. The others have each script's own defaults.
 SHARED = [
-    "batch_size", "block_size", "n_embd", "n_head", "n_layer", "dropout", "max_iters",
+    "batch_size", "block_size", "n_embd", "n_head", "n_kv_head", "n_layer", "dropout", "max_iters",
     "eval_interval", "seed", "device", "data", "prompt", "max_new_tokens", "dtype", "compile",
 ]
 

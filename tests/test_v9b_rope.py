@@ -131,7 +131,7 @@ def test_heads_of_odd_size_are_refused(corpus, capsys, n_embd, n_head):
     flags = tiny_flags(v9b, n_embd=n_embd, n_head=n_head)
     line = refused(v9b, capsys, *flags, "--data", corpus)
     assert line.startswith(f"error: --n_embd {n_embd}: ")
-    assert "odd" in line
+    assert f"not a multiple of 2 * --n_head {n_head}, but rotation needs pairs" in line
 
 
 # ---- one cache

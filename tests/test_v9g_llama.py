@@ -273,8 +273,8 @@ def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"n_embd": 20}, "--n_embd 20: not a multiple of --n_head 3"),
-        ({"n_embd": 15}, "--n_embd 15: heads of odd size; "),
-        ({"head_size": 7}, "odd size"),
+        ({"n_embd": 15}, "--head_size 5: odd, but "),
+        ({"head_size": 7}, "--head_size 7: odd, but "),
         ({"head_size": -2}, "--head_size -2: must be at least 0 "),
         ({"head_size": 8, "n_kv_head": 2}, "--n_head 3: not a multiple of --n_kv_head 2"),
     ],
