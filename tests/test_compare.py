@@ -8,13 +8,13 @@ import matplotlib.image
 import pytest
 from conftest import TEXT, losses_and_sample, tiny_flags
 
-import v7b_kv_cache
+import v9d_gqa
 from lab import compare
 from lab.ladder import SCRIPTS
 
 
 def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys):
-    flags = [*tiny_flags(v7b_kv_cache), "--data", str(corpus), "--prompt", "The "]
+    flags = [*tiny_flags(v9d_gqa), "--data", str(corpus), "--prompt", "The "]
     compare.main([*flags, "--out", str(tmp_path / "new" / "out")])
     out = capsys.readouterr().out
     written = (tmp_path / "new" / "out" / "compare.md").read_text(encoding="utf-8")
@@ -50,7 +50,7 @@ def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys):
     ],
 )
 def test_bad_flags(corpus, tmp_path, capsys, flags, said):
-    common = [*tiny_flags(v7b_kv_cache), "--scripts", "bigram,v5_gpt", "--data", str(corpus)]
+    common = [*tiny_flags(v9d_gqa), "--scripts", "bigram,v5_gpt", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out"), *flags])
     assert stop.value.code == 2
@@ -69,7 +69,7 @@ def test_a_place_that_can_not_be_written(corpus, tmp_path, capsys, blocked):
         path.write_text(TEXT, encoding="utf-8")
     else:
         path.mkdir(parents=True)
-    common = [*tiny_flags(v7b_kv_cache), "--scripts", "bigram", "--data", str(corpus)]
+    common = [*tiny_flags(v9d_gqa), "--scripts", "bigram", "--data", str(corpus)]
     with pytest.raises(SystemExit) as stop:
         compare.main([*common, "--out", str(tmp_path / "out")])
     assert stop.value.code == 2
@@ -87,7 +87,7 @@ def test_logs_are_drawn_too(tmp_path, capsys, corpus):
     log.write_text("\n".join(map(json.dumps, entries)), encoding="utf-8")
     assert compare.read_log(str(log)) == [(0, 4.0, 5.0), (1, 3.0, 4.0), (2, 2.0, 3.0)]
     out = tmp_path / "out"
-    flags = [*tiny_flags(v7b_kv_cache), "--data", str(corpus), "--out", str(out), "--scripts", ""]
+    flags = [*tiny_flags(v9d_gqa), "--data", str(corpus), "--out", str(out), "--scripts", ""]
     compare.main([*flags, "--logs", str(log)])
     picture = matplotlib.image.imread(out / "compare.png")
     assert picture[..., :3].std() > 0.02
