@@ -442,6 +442,10 @@ def test_a_llama3_rotation_needs_its_factors(tmp_path, name):
         ({"mlp_bias": "null"}, "its mlp_bias is None, not a bool"),
         ({"characters": "ba"}, "its characters aren't in order, so it is damaged"),
         ({"characters": "aab"}, "its characters aren't in order, so it is damaged"),
+        (
+            {"rope_parameters": {**LLAMA3, "low_freq_factor": 5}},
+            "its low_freq_factor isn't below its high_freq_factor",
+        ),
         ({"characters": ["a", "b"]}, "its characters aren't in order, so it is damaged"),
     ],
 )
@@ -839,3 +843,11 @@ def test_an_export_of_characters_has_its_characters_instead_of_a_tokenizer(tmp_p
     assert not (tmp_path / "tokenizer.json").exists()
     released = llama.read_config(tmp_path)
     assert (released["characters"], released["tokenizer"]) == ('\n"a世', "char")
+
+
+def test_an_export_that_fails_leaves_no_weights(tmp_path):
+    """Those come last, so that a folder with weights has everything."""
+    (tmp_path / "config.json").mkdir()
+    line = refused(write, tmp_path)
+    assert line.startswith(f"--export {tmp_path}: can't save config.json (")
+    assert list(tmp_path.glob("model*")) == []

@@ -42,8 +42,8 @@ N_VOCAB = 300  # the tokens of byte_level()
 SIZES = {
     "vocab_size": N_VOCAB, "hidden_size": 36, "intermediate_size": 40, "num_hidden_layers": 2,
     "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-3,
-    "max_position_embeddings": 64, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None,
-    "tie_word_embeddings": True,
+    "max_position_embeddings": 2048, "bos_token_id": None, "eos_token_id": None,
+    "pad_token_id": None, "tie_word_embeddings": True,
 }  # fmt: skip
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
@@ -488,7 +488,7 @@ def test_the_characters_of_a_model_come_with_its_export(corpus, tmp_path, capsys
     assert config["characters"] == "".join(sorted(set(TEXT)))
     load_in_transformers(export)
     sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
-    sampling += ["--data", "missing.txt"]
+    sampling += ["--data", "missing.txt", "--block_size", "5"]
     sample = output(capsys, "--init_from", export, *sampling)
     assert len(sample) == len("The \n") + 60
     assert text.endswith("\n" + sample)
