@@ -82,12 +82,12 @@ class Config:
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
     tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
-    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, most=1)
+    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("turns that still are slow", gpu=1.0, cpu=1.0)
-    rope_high_freq_factor: float = setting("turns that already are fast", gpu=4.0, cpu=4.0)
-    original_max_position_embeddings: int = setting("context to count turns in", gpu=8192, cpu=8192)
+    rope_low_freq_factor: float = setting("turns that are still slow", gpu=1.0, cpu=1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns that are fast", gpu=4.0, cpu=4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context of turns", gpu=8192, cpu=8192, least=1)
 
 
 # The settings that the weights were trained with, so they can't change.

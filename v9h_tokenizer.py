@@ -7,14 +7,15 @@ tokenizer.json of any model, or a folder that has one. Three things differ from 
 
 - The text of a token may depend on its neighbours: it may be a part of a character, or its leading
   space may count only inside a text. So stream_text decodes all tokens so far.
-- A special token ends a text, and generation stops there. Which one it is says the config.json or
-  generation_config.json beside tokenizer.json.
+- A special token ends a text, and generation stops there. The config.json or generation_config.json
+  beside tokenizer.json says which one that is.
 - Llama 3 and Qwen3 have more than 65,536 tokens, so token ids no longer fit uint16.
 
 New here: FileTokenizer, and the three things above.
-Run it:   python v9h_tokenizer.py --tokenizer tokenizer.json
-Expect:   the losses of v9g_llama.py, which are now called losses per token. With the tokens of
-          another model, docs/part5.md has an example.
+Run it:   python v9h_tokenizer.py
+          python v9h_tokenizer.py --tokenizer tokenizer.json
+Expect:   the losses of v9g_llama.py. With other tokens, losses are per token and higher;
+          docs/part5.md has an example.
 Diff:     git diff --no-index v9g_llama.py v9h_tokenizer.py
 """
 
@@ -80,12 +81,12 @@ class Config:
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
     tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
-    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, most=1)
+    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("turns that still are slow", gpu=1.0, cpu=1.0)
-    rope_high_freq_factor: float = setting("turns that already are fast", gpu=4.0, cpu=4.0)
-    original_max_position_embeddings: int = setting("context to count turns in", gpu=8192, cpu=8192)
+    rope_low_freq_factor: float = setting("turns that are still slow", gpu=1.0, cpu=1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns that are fast", gpu=4.0, cpu=4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context of turns", gpu=8192, cpu=8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", gpu="char", cpu="char")
 
 
@@ -107,6 +108,8 @@ class FileTokenizer:
         """content: what llama.read_tokenizer returns."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
+        self.tokenizer.no_truncation()  # which would cut off most of a corpus
+        self.tokenizer.no_padding()
         self.n_vocab = content["n_vocab"]
         self.end_of_text = content["end_of_text"]
 

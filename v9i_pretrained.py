@@ -1,10 +1,10 @@
 """v9i_pretrained.py: load a released Llama, SmolLM2 or Qwen3, fine-tune it, and export your own.
 
-The architecture of v9g and the tokenizer of v9h turn into a released model with its settings and
-its weights. Settings are in config.json; data/llama.py translates their names, and refuses a model
-that needs more than v9g has. Weights are in model.safetensors or, for larger models, in several
-such files. Each tensor finds its place through LLAMA_NAMES. The files have queries, keys and values
-as three matrices, which are rows of the one that we have.
+A released model is the architecture of v9g and the tokenizer of v9h with settings and weights. The
+settings are in config.json; data/llama.py translates their names, and refuses a model that needs
+more than v9g has. The weights are in model.safetensors or, for larger models, in several such
+files. Each tensor finds its place through LLAMA_NAMES. The files have queries, keys and values as
+three matrices, which are rows of the one that we have.
 
 While sampling, the weights keep the dtype of the files, which is bfloat16 for most models and takes
 half as much memory as float32. They are copied one by one, so memory never holds all of them twice.
@@ -54,7 +54,7 @@ LLAMA_NAMES = {
 # The defaults for training that starts from released weights, on every device.
 FINE_TUNING = {
     "learning_rate": 3e-5, "dropout": 0.0, "weight_decay": 0.1, "batch_size": 4, "max_iters": 200,
-    "eval_interval": 50, "eval_iters": 10, "block_size": 1024,
+    "eval_interval": 50, "eval_iters": 10,
 }
 
 
@@ -102,12 +102,12 @@ class Config:
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
     tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
-    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, most=1)
+    rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("turns that still are slow", gpu=1.0, cpu=1.0)
-    rope_high_freq_factor: float = setting("turns that already are fast", gpu=4.0, cpu=4.0)
-    original_max_position_embeddings: int = setting("context to count turns in", gpu=8192, cpu=8192)
+    rope_low_freq_factor: float = setting("turns that are still slow", gpu=1.0, cpu=1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns that are fast", gpu=4.0, cpu=4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context of turns", gpu=8192, cpu=8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", gpu="char", cpu="char")
     init_from: str = setting("start from this folder or repository", gpu="", cpu="")
     export: str = setting("folder to write the best weights to", gpu="", cpu="")
@@ -131,6 +131,8 @@ class FileTokenizer:
         """content: what llama.read_tokenizer returns."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
+        self.tokenizer.no_truncation()  # which would cut off most of a corpus
+        self.tokenizer.no_padding()
         self.n_vocab = content["n_vocab"]
         self.end_of_text = content["end_of_text"]
 
@@ -526,17 +528,12 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 def load_released(folder: Path, cfg: Config, n_vocab: int, dtype: torch.dtype) -> LanguageModel:
     """Return a released model; raises data.InputError if its weights don't fit its settings."""
     torch.set_default_dtype(dtype)  # of the parameters, from the start
-    model = LanguageModel(cfg, n_vocab)
-    torch.set_default_dtype(torch.float32)
+    try:
+        model = LanguageModel(cfg, n_vocab)
+    finally:
+        torch.set_default_dtype(torch.float32)
     llama.copy_weights(folder, released_weights(model))
     return model
-
-
-def sampling_dtype(cfg: Config, released: dict | None) -> torch.dtype:
-    """The dtype of the weights while sampling. By default, a released model keeps its own."""
-    if released is not None and cfg.dtype == "auto":
-        return released["weight_dtype"]
-    return choose_dtype(cfg)
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -724,7 +721,7 @@ def main(argv: list[str] | None = None) -> None:
         state, released = None, None
         if cfg.init_from:
             if cfg.resume:
-                raise data.InputError("--init_from: can't start a run that --resume continues")
+                raise data.InputError("--init_from, --resume: leave out one or the other")
             folder = llama.find_folder(cfg.init_from)
             released = llama.read_config(folder)
             cfg = read_settings(released, argv)
@@ -759,7 +756,9 @@ def main(argv: list[str] | None = None) -> None:
         if released is None:
             model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         else:
-            dtype = sampling_dtype(cfg, released) if cfg.sample_only else torch.float32
+            dtype = torch.float32  # for training
+            if cfg.sample_only:
+                dtype = released["dtype_of_files"] if cfg.dtype == "auto" else choose_dtype(cfg)
             model = load_released(folder, cfg, tokenizer.n_vocab, dtype).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
@@ -782,13 +781,14 @@ def main(argv: list[str] | None = None) -> None:
             print(f"validation loss {in_units(val_loss)}")
 
         if cfg.export:
-            llama.write_model(cfg, released_weights(model), tokenizer)
+            llama.write_model(cfg, released, released_weights(model), tokenizer)
             print(f"exported to {cfg.export}", file=sys.stderr)
         origin = f"of {cfg.init_from}" if state is None else f"after step {state['step']}"
         print(f"sampling with the weights {origin}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
-        model.to(sampling_dtype(cfg, released))  # in bfloat16, half as many bytes to read
+        if state is not None:  # a released model keeps the dtype of its files
+            model.to(choose_dtype(cfg))  # in bfloat16, half as many bytes to read for each token
         for i in range(cfg.num_samples):
             if i > 0:
                 print("---")

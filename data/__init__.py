@@ -2,8 +2,9 @@
 
 The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line,
 hardware.py knows what the hardware can do, checkpoints.py writes files that survive a crash,
-token_files.py and prepare.py keep texts as files of token ids, pretrained.py and llama.py handle the
-files of transformers, processes.py connects torchrun's processes, and loading.py imports PyTorch.
+token_files.py and prepare.py keep texts as files of token ids, pretrained.py and llama.py handle
+the files of transformers, processes.py connects torchrun's processes, and loading.py imports
+PyTorch.
 """
 
 from data import loading  # noqa: F401, before anything else that imports PyTorch

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ INTEGERS = {
     "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
     "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_size": "head_dim",
     "intermediate_size": "intermediate_size", "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
 }
 # What an entry means if it isn't there.
 DEFAULTS = {
@@ -53,19 +53,24 @@ def find_folder(name: str) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         why = "no such folder, nor the name of a repository, such as HuggingFaceTB/SmolLM2-135M"
         raise InputError(f"--init_from {name}: {why}")
     from huggingface_hub import hf_hub_download, logging  # here: they take long to import
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     logging.set_verbosity_error()  # or each retry without a network prints a warning
     print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
     try:
         folder = Path(hf_hub_download(name, "config.json")).parent
         hf_hub_download(name, "tokenizer.json")
-        with suppress(EntryNotFoundError):  # not every model has one
+        try:
             hf_hub_download(name, "generation_config.json")
+        except LocalEntryNotFoundError:  # no network
+            why = "generation_config.json isn't in the cache, so config.json says where texts end"
+            print(f"notice: {why}", file=sys.stderr)
+        except EntryNotFoundError:
+            pass  # not every model has one
         try:
             hf_hub_download(name, "model.safetensors")
         except EntryNotFoundError:
@@ -99,20 +104,30 @@ def read_json(path: Path, flag: str) -> dict[str, Any]:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a released model's settings by our names, and three things that aren't settings:
+    """Return a released model's settings by our names, and four things that aren't settings:
 
-    its "vocab_size", its "weight_dtype", a torch.dtype, and its "characters", "" if it has none.
-    Raises InputError if config.json is damaged or describes a model that isn't like ours.
+    its "vocab_size", its "max_position_embeddings", the "dtype_of_files", a torch.dtype, and its
+    "characters", "" if its tokens are others. The block_size is at most 1,024, because long caches
+    take much memory, but --block_size may be longer. Raises InputError if config.json is damaged or
+    describes a model that isn't like ours.
     """
     path = folder / "config.json"
     config = {**DEFAULTS, **read_json(path, "--init_from")}
     check_kind(config, path)
     is_qwen = config["model_type"] == "qwen3"
     n_head = config.get("num_attention_heads")
-    for name, default in (("num_key_value_heads", n_head), ("head_dim", 128 if is_qwen else 0)):
-        if config.get(name) is None:
-            config[name] = default
-    released = {ours: integer(config, theirs, path) for ours, theirs in INTEGERS.items()}
+    # What transformers takes if an entry isn't there.
+    n_kv_head = {"llama": n_head, "mistral": 8, "qwen3": 32}[config["model_type"]]
+    config.setdefault("num_key_value_heads", n_kv_head)
+    config.setdefault("head_dim", 128 if is_qwen else None)
+    config.setdefault("max_position_embeddings", 2048)
+    if config["num_key_value_heads"] is None:
+        config["num_key_value_heads"] = n_head
+    if config["head_dim"] is None:
+        config["head_dim"] = 0
+    released = {}
+    for ours, theirs in INTEGERS.items():
+        released[ours] = integer(config, theirs, path, "--init_from")
     if released["n_head"] % released["n_kv_head"] != 0:
         why = "its num_attention_heads is not a multiple of its num_key_value_heads"
         raise InputError(f"--init_from {path}: {why}")
@@ -127,13 +142,14 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"--init_from {path}: its characters aren't in order, so it is damaged")
     return {
         **released,
+        "block_size": min(released["max_position_embeddings"], 1024),
         **read_rope(config, path),
         "qk_norm": is_qwen,
         "tie_word_embeddings": config["tie_word_embeddings"],
-        "rms_norm_eps": number(config, "rms_norm_eps", path),
-        "weight_dtype": read_dtype(config, folder),
+        "rms_norm_eps": number(config, "rms_norm_eps", path, least=1e-12),
+        "dtype_of_files": read_dtype(config, folder),
         "characters": characters,
-        "tokenizer": "char" if characters else str(folder),
+        "tokenizer": "char" if characters else str(folder.resolve()),
     }
 
 
@@ -155,8 +171,11 @@ def check_kind(config: dict[str, Any], path: Path) -> None:
     if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         lacking.append("experts")
     layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise InputError(f"--init_from {path}: its layer_types are {layer_types!r}, not a list")
     uses_window = config.get("use_sliding_window", kind != "qwen3")
-    has_window = uses_window and config.get("sliding_window") is not None
+    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
+    has_window = uses_window and window is not None
     if has_window or any(layer != "full_attention" for layer in layer_types):
         lacking.append("sliding windows")
     if lacking:
@@ -164,22 +183,26 @@ def check_kind(config: dict[str, Any], path: Path) -> None:
         raise InputError(f"--init_from {path}: {why}; choose another model")
 
 
-def integer(config: dict[str, Any], name: str, path: Path) -> int:
-    """Return a positive integer of a configuration, or the 0 of a head_dim that isn't there."""
+def integer(config: dict[str, Any], name: str, path: Path, flag: str) -> int:
+    """Return a positive integer of a configuration, or the 0 of a head_dim that isn't there.
+
+    Raises InputError, naming flag, if it isn't one.
+    """
     value = config.get(name)
     least = 0 if name == "head_dim" else 1
     most = 1000 if name == "num_hidden_layers" else NO_LIMIT - 1
     if type(value) is not int or not least <= value <= most:
         why = f"its {name} is {value!r}, not an integer from {least} to {most:,}"
-        raise InputError(f"--init_from {path}: {why}")
+        raise InputError(f"{flag} {path}: {why}")
     return value
 
 
-def number(config: dict[str, Any], name: str, path: Path) -> float:
-    """Return a positive number of a configuration; raises InputError if it isn't one."""
+def number(config: dict[str, Any], name: str, path: Path, least: float) -> float:
+    """Return a number of a configuration; raises InputError if it isn't one, or is too small."""
     value = config.get(name)
-    if type(value) not in (int, float) or not 0 < value < NO_LIMIT:
-        raise InputError(f"--init_from {path}: its {name} is {value!r}, not a positive number")
+    if type(value) not in (int, float) or not least <= value < NO_LIMIT:
+        why = f"its {name} is {value!r}, not a number from {least:g} on"
+        raise InputError(f"--init_from {path}: {why}")
     return float(value)
 
 
@@ -189,7 +212,7 @@ def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     They are in rope_parameters or, in older files, in rope_theta and rope_scaling.
     """
     rope = {"rope_theta": config.get("rope_theta", 10_000.0)}
-    for name in ("rope_scaling", "rope_parameters"):
+    for name in ("rope_parameters", "rope_scaling"):
         entry = config.get(name) or {}
         if not isinstance(entry, dict):
             raise InputError(f"--init_from {path}: its {name} is {entry!r}, not a JSON object")
@@ -206,15 +229,17 @@ def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
         rope.update(NO_SCALING)
     length = "original_max_position_embeddings"
     rope.setdefault(length, config.get("max_position_embeddings"))
-    if number(rope, "low_freq_factor", path) >= number(rope, "high_freq_factor", path):
+    low = number(rope, "low_freq_factor", path, least=1e-9)
+    high = number(rope, "high_freq_factor", path, least=1e-9)
+    if low >= high:
         why = "its low_freq_factor isn't below its high_freq_factor"
         raise InputError(f"--init_from {path}: {why}")
     return {
-        "rope_theta": number(rope, "rope_theta", path),
-        "rope_factor": number(rope, "factor", path),
-        "rope_low_freq_factor": number(rope, "low_freq_factor", path),
-        "rope_high_freq_factor": number(rope, "high_freq_factor", path),
-        length: integer(rope, length, path),
+        "rope_theta": number(rope, "rope_theta", path, least=1),
+        "rope_factor": number(rope, "factor", path, least=1),
+        "rope_low_freq_factor": low,
+        "rope_high_freq_factor": high,
+        length: integer(rope, length, path, "--init_from"),
     }
 
 
@@ -254,12 +279,15 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
         path = path / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8")
-        n_vocab = Tokenizer.from_str(text).get_vocab_size()
+        vocabulary = Tokenizer.from_str(text).get_vocab(with_added_tokens=True)
     except OSError as error:
         why = f"can't read it ({error.strerror}); give the path of a tokenizer.json"
         raise InputError(f"{flag} {path}: {why}") from None
     except Exception as error:  # tokenizers has no class of its own for a damaged file
         raise InputError(f"{flag} {path}: not a tokenizer.json ({error})") from None
+    if not vocabulary:
+        raise InputError(f"{flag} {path}: it has no tokens; give another tokenizer.json")
+    n_vocab = max(vocabulary.values()) + 1
     end_of_text = []
     for name in ("config.json", "generation_config.json"):  # the second one counts, if it has any
         beside = path.with_name(name)
@@ -272,7 +300,7 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
         if any(type(token) is not int for token in end_of_text):
             raise InputError(f"{flag} {beside}: its eos_token_id is {ids!r}, not token ids")
         if name == "config.json" and "vocab_size" in config:
-            n_model = integer(config, "vocab_size", beside)
+            n_model = integer(config, "vocab_size", beside, flag)
             if n_model < n_vocab:
                 why = f"its vocab_size is {n_model:,}, but {path.name} has {n_vocab:,} tokens"
                 raise InputError(f"{flag} {beside}: {why}")
@@ -288,7 +316,8 @@ def encode(tokenizer: Any, text: str, flag: str) -> list[int]:
     try:
         ids = tokenizer.encode(text).ids
     except Exception as error:  # a character that its vocabulary lacks, half of a character, ...
-        raise InputError(f"{flag}: the tokenizer can't encode it ({error})") from None
+        why = str(error).removeprefix("WordLevel error: ")
+        raise InputError(f"{flag}: the tokenizer can't encode it ({why})") from None
     if text and not ids:
         raise InputError(f"{flag}: the tokenizer makes no tokens of it; use another text")
     return ids
@@ -319,8 +348,10 @@ def weight_files(folder: Path) -> dict[str, Path]:
     single = folder / "model.safetensors"
     if not single.exists() and (folder / "model.safetensors.index.json").exists():
         files = {name: folder / file for name, file in read_index(folder).items()}
-    else:
+    elif single.exists():
         files = {}
+    else:
+        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
     for path in sorted(set(files.values())) or [single]:
         try:
             with safe_open(path, framework="pt") as file:
@@ -378,17 +409,22 @@ def read_weight(path: Path, name: str) -> torch.Tensor:
     if weight.dtype not in DTYPES.values():
         why = f"{name} is {weight.dtype}, but only {', '.join(DTYPES)} can be loaded"
         raise InputError(f"--init_from {path}: {why}")
-    lowest, highest = weight.aminmax()  # NaN, if there is any
-    if not (lowest.isfinite() and highest.isfinite()):
-        raise InputError(f"--init_from {path}: {name} has numbers that aren't finite")
+    if weight.numel() > 0:
+        lowest, highest = weight.aminmax()  # NaN, if there is any
+        if not (lowest.isfinite() and highest.isfinite()):
+            raise InputError(f"--init_from {path}: {name} has numbers that aren't finite")
     return weight
 
 
-def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
+def write_model(
+    cfg: Any, released: dict | None, weights: dict[str, torch.Tensor], tokenizer: Any
+) -> None:
     """Write a model to cfg.export: config.json, model.safetensors and its tokenizer.json.
 
-    If the tokens are characters, config.json has them. Raises InputError if writing fails.
+    If the tokens are characters, config.json has them. released: what read_config returned, if the
+    model started from released weights. Raises InputError if writing fails.
     """
+    context = cfg.block_size if released is None else released["max_position_embeddings"]
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_factor != 1:
         rope["rope_type"] = "llama3"
@@ -408,7 +444,7 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
         "head_dim": cfg.head_size if cfg.head_size > 0 else n_embd // cfg.n_head,
         "intermediate_size": weights["model.layers.0.mlp.gate_proj.weight"].shape[0],
         "vocab_size": tokenizer.n_vocab,
-        "max_position_embeddings": cfg.block_size,
+        "max_position_embeddings": max(context, cfg.block_size),
         "rms_norm_eps": cfg.rms_norm_eps,
         "rope_parameters": rope,
         "tie_word_embeddings": cfg.tie_word_embeddings,

@@ -177,7 +177,8 @@ def check_export(folder: Path) -> None:
     """Make the folder for an export; raises InputError if a model is in it, or can't be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        is_used = (folder / "model.safetensors").exists() or (folder / "config.json").exists()
+        files = ("config.json", "model.safetensors", "tokenizer.json")
+        is_used = any((folder / name).exists() for name in files)
         with TemporaryFile(dir=folder):
             pass  # so it can be written
     except OSError as error:

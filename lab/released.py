@@ -100,7 +100,7 @@ def take_turn(program: str, folder: Path, cfg: Config) -> Turn:
     else:
         released = llama.read_config(folder)
         settings = v9i.read_settings(released, ["--device", cfg.device, "--temperature", "0"])
-        dtype = released["weight_dtype"]
+        dtype = released["dtype_of_files"]
         model = v9i.load_released(folder, settings, vocab_size, dtype).to(cfg.device).eval()
 
         def generate(n: int) -> torch.Tensor:

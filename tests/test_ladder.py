@@ -301,7 +301,6 @@ COURSE = {
             "read_settings",
             "released_weights",
             "load_released",
-            "sampling_dtype",
         ],
         "changes": ["main"],
     },

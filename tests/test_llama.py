@@ -265,8 +265,8 @@ def test_a_configuration_is_read_by_our_names(tmp_path):
         "intermediate_size": 40, "vocab_size": 7, "rope_theta": 10_000.0, "rope_factor": 1.0,
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "qk_norm": False, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6, "weight_dtype": torch.bfloat16, "characters": "",
-        "tokenizer": str(tmp_path),
+        "rms_norm_eps": 1e-6, "dtype_of_files": torch.bfloat16, "characters": "",
+        "tokenizer": str(tmp_path), "block_size": 1024, "max_position_embeddings": 2048,
     }  # fmt: skip
 
 
@@ -334,15 +334,15 @@ def test_the_rotation_is_read_from_old_and_new_files(tmp_path, changes, expected
 def test_the_dtype_may_have_either_name_or_none(tmp_path, dtype):
     """Then it is that of the embedding, in one file or in shards."""
     name = str(dtype).removeprefix("torch.")
-    assert read(tmp_path, dtype=name)["weight_dtype"] == dtype
-    assert read(tmp_path, dtype=None, torch_dtype=name)["weight_dtype"] == dtype
-    assert read(tmp_path, dtype=None, torch_dtype=f"torch.{name}")["weight_dtype"] == dtype
+    assert read(tmp_path, dtype=name)["dtype_of_files"] == dtype
+    assert read(tmp_path, dtype=None, torch_dtype=name)["dtype_of_files"] == dtype
+    assert read(tmp_path, dtype=None, torch_dtype=f"torch.{name}")["dtype_of_files"] == dtype
     weights = {"model.norm.weight": torch.ones(3, dtype=torch.float64)}
     weights[EMBEDDING] = torch.ones(7, 3, dtype=dtype)
     save_shards(tmp_path, weights)
-    assert read(tmp_path, dtype=None)["weight_dtype"] == dtype
+    assert read(tmp_path, dtype=None)["dtype_of_files"] == dtype
     save_file(weights, tmp_path / "model.safetensors")
-    assert read(tmp_path, dtype="null", torch_dtype="null")["weight_dtype"] == dtype
+    assert read(tmp_path, dtype="null", torch_dtype="null")["dtype_of_files"] == dtype
 
 
 @pytest.mark.parametrize(
@@ -429,7 +429,7 @@ def test_numbers_that_are_not_positive_are_refused(tmp_path, name, place, value)
 def test_a_llama3_rotation_needs_its_factors(tmp_path, name):
     rope = {key: value for key, value in LLAMA3.items() if key != name}
     line = refused(lambda: read(tmp_path, rope_parameters=rope))
-    assert f"its {name} is None, not a positive number" in line
+    assert f"its {name} is None, not a number from " in line
 
 
 @pytest.mark.parametrize(
@@ -708,8 +708,11 @@ def test_damaged_weights_are_refused(tmp_path, file, damage, dtype):
         line = refused(lambda: read(tmp_path, dtype="null"))
     else:
         line = refused(copied, tmp_path, make_weights())
-    assert line.startswith(f"--init_from {path}: can't read it (")
-    assert not line.endswith("()")
+    if damage == "missing" and file == "model.safetensors":
+        assert line == f"--init_from {tmp_path}: it has no model.safetensors; name another folder"
+    else:
+        assert line.startswith(f"--init_from {path}: can't read it (")
+        assert not line.endswith("()")
 
 
 def test_the_dtype_of_a_folder_without_an_embedding_is_unknown(tmp_path):
@@ -791,7 +794,7 @@ class FakeTokenizer:
 def write(folder: Path, tokenizer: FakeTokenizer | None = None, **changes) -> dict:
     """Export some weights; return what config.json says."""
     cfg = Config(str(folder), **changes)
-    llama.write_model(cfg, make_weights(), tokenizer or FakeTokenizer())
+    llama.write_model(cfg, None, make_weights(), tokenizer or FakeTokenizer())
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
@@ -851,3 +854,39 @@ def test_an_export_that_fails_leaves_no_weights(tmp_path):
     line = refused(write, tmp_path)
     assert line.startswith(f"--export {tmp_path}: can't save config.json (")
     assert list(tmp_path.glob("model*")) == []
+
+
+# ---- what once went wrong
+
+
+def test_layer_types_must_be_a_list(tmp_path):
+    line = refused(lambda: read(tmp_path, layer_types=5))
+    assert line.endswith("its layer_types are 5, not a list")
+
+
+def test_a_mistral_has_a_sliding_window_unless_it_says_otherwise(tmp_path):
+    line = refused(lambda: read(tmp_path, model_type="mistral", num_key_value_heads=3))
+    assert "it has sliding windows" in line
+
+
+def test_a_weight_without_numbers_has_the_wrong_shape(tmp_path):
+    save_file(make_weights() | {EMBEDDING: torch.ones(0, 3)}, tmp_path / "model.safetensors")
+    assert "has the shape (0, 3) instead of (7, 3)" in refused(copied, tmp_path, make_weights())
+
+
+def test_a_mistake_beside_a_tokenizer_names_its_flag(tmp_path):
+    save_tokenizer(tmp_path)
+    write_json(tmp_path / "config.json", {"vocab_size": "9"})
+    line = refused(llama.read_tokenizer, tmp_path, "--tokenizer")
+    assert line.startswith(f"--tokenizer {tmp_path / 'config.json'}: its vocab_size is '9', ")
+
+
+def test_lost_end_of_text_tokens_are_noticed(tmp_path, monkeypatch, capsys):
+    def download(name, file):
+        if file == "generation_config.json":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert llama.find_folder(REPOSITORY) == tmp_path
+    assert "notice: generation_config.json isn't in the cache" in capsys.readouterr().err

@@ -422,3 +422,28 @@ def test_a_run_keeps_its_tokenizer(folder, corpus, tmp_path, capsys):
             line = refused(v9h, capsys, mode, "--out_dir", run, "--tokenizer", after)
             has = f"the checkpoint has {str(before)!r}, which can't be changed"
             assert line.startswith(f"error: --tokenizer {after}: {has}; ")
+
+
+# ---- what else a tokenizer.json may say
+
+
+@pytest.mark.parametrize("kind", ["truncation", "padding"])
+def test_a_text_is_neither_cut_off_nor_padded(tmp_path, kind):
+    tokenizer = byte_level()
+    expected = tokenizer.encode(TEXT[:50]).ids
+    if kind == "truncation":
+        tokenizer.enable_truncation(4)
+    else:
+        tokenizer.enable_padding(length=200)
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    assert load(tmp_path).encode(TEXT[:50]) == expected
+
+
+def test_ids_may_have_gaps(tmp_path, corpus):
+    tokenizer = Tokenizer(models.WordLevel({"fox": 0, "hen": 9}))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    corpus.write_text("fox hen " * 90, encoding="utf-8")
+    assert load(tmp_path).n_vocab == 10
+    flags = tiny_flags(v9h, tokenizer=tmp_path, prompt="hen")
+    v9h.main([*flags, "--data", str(corpus)])

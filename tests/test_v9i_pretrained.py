@@ -589,8 +589,7 @@ def test_other_sizes_are_refused_by_name(folder, capsys, name):
 
 def test_a_run_can_not_both_start_and_go_on(folder, tmp_path, capsys):
     line = refused(v9i, capsys, "--init_from", folder, "--resume", "--out_dir", tmp_path)
-    assert line.startswith("error: --init_from: ")
-    assert "--resume" in line
+    assert line == "error: --init_from, --resume: leave out one or the other"
 
 
 def test_a_model_without_its_tokenizer_is_refused(folder, capsys):
@@ -646,3 +645,59 @@ def test_a_fine_tuned_run_goes_on_without_the_released_model(folder, corpus, tmp
     assert state["step"] == 3
     assert state["config"]["init_from"] == str(folder)
     assert state["config"]["learning_rate"] == v9i.FINE_TUNING["learning_rate"]
+
+
+# ---- contexts and dtypes that must last
+
+
+def test_a_model_keeps_the_block_size_that_it_was_trained_with(corpus, tmp_path, capsys):
+    output(capsys, *flags(corpus, export=tmp_path / "export", max_iters=0))
+    assert settings(tmp_path / "export").block_size == 5
+
+
+@pytest.mark.parametrize("context", [4096, 131_072])
+def test_an_export_keeps_the_context_of_a_released_model(tmp_path, capsys, context):
+    rope = {**LLAMA3, "original_max_position_embeddings": 2048}
+    theirs = make_reference("llama", rope_parameters=rope, max_position_embeddings=context)
+    save(theirs, tmp_path / "model")
+    export = tmp_path / "export"
+    flags = ["--init_from", tmp_path / "model", "--sample_only", "--export", export]
+    output(capsys, *flags, *BRIEFLY)
+    assert load_in_transformers(export).config.max_position_embeddings == context
+    assert settings(export).block_size == 1024
+
+
+@pytest.mark.parametrize(("dtype", "n_embd"), [(torch.bfloat16, 36), (torch.float32, 128)])
+def test_the_sample_of_a_fine_tuned_run_can_be_repeated(
+    tmp_path, corpus, capsys, monkeypatch, dtype, n_embd
+):
+    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    sizes = {"hidden_size": n_embd, "num_attention_heads": 4, "num_key_value_heads": 2}
+    save(make_reference("llama", **sizes).to(dtype), tmp_path / "model")
+    dtypes = []
+
+    def stream(model, *_):
+        dtypes.append(model.lm_head.weight.dtype)
+        return iter([])
+
+    monkeypatch.setattr(v9i.LanguageModel, "stream", stream)
+    run = ["--out_dir", tmp_path / "run"]
+    tuning = ["--init_from", tmp_path / "model", "--data", corpus, "--max_iters", "0"]
+    output(capsys, *tuning, *run, "--block_size", "9", "--device", "cpu")
+    output(capsys, "--sample_only", *run)
+    assert dtypes[0] == dtypes[1]
+
+
+def test_a_tokenizer_in_the_way_of_an_export_is_not_replaced(folder, tmp_path, capsys):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "tokenizer.json").write_text("mine", encoding="utf-8")
+    line = refused(
+        v9i, capsys, "--init_from", folder, "--sample_only", "--export", tmp_path / "mine", *BRIEFLY
+    )
+    assert "already holds a model" in line
+
+
+def test_a_folder_may_be_called_char(folder, tmp_path, capsys, monkeypatch):
+    shutil.copytree(folder, tmp_path / "char")
+    monkeypatch.chdir(tmp_path)
+    output(capsys, "--init_from", "char", "--sample_only", *BRIEFLY)
