@@ -11,7 +11,9 @@ Mistral, Qwen and Gemma use RMSNorm.
 
 New here: RMSNorm in place of nn.LayerNorm, and bias=False everywhere.
 Run it:   python v9a_rmsnorm.py
-Expect:   XXX
+Expect:   a validation loss of about 1.61; v7b_kv_cache.py reaches 1.59. At this size it gains
+          nothing, and three lines of Python are slower than PyTorch's LayerNorm. Zhang and Sennrich
+          report the same quality in 7% to 64% less time.
 Diff:     git diff --no-index v7b_kv_cache.py v9a_rmsnorm.py
 """
 

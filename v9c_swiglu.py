@@ -11,7 +11,8 @@ two thirds of 4 * n_embd, rounded up to a multiple of 8. Llama, Mistral and Qwen
 
 New here: the gate.
 Run it:   python v9c_swiglu.py
-Expect:   XXX
+Expect:   a validation loss of about 1.57; v9b_rope.py reaches 1.58. Another seed changes it as
+          much. Shazeer found a lower perplexity for models of 220 million parameters.
 Diff:     git diff --no-index v9b_rope.py v9c_swiglu.py
 """
 
