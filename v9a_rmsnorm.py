@@ -5,15 +5,15 @@ and Sennrich 2019) only divides by the root mean square and scales:
 
     RMSNorm(x) = x / sqrt(mean(x ** 2) + eps) * weight
 
-What matters is that the size of x stays the same from layer to layer; its mean doesn't. Biases go
-for the same reason: models train as well without them (Chowdhery et al. 2022, section 2). Llama,
-Mistral, Qwen and Gemma use RMSNorm.
+What matters is the size of x; Zhang and Sennrich argue that its mean doesn't. Biases go, too: PaLM
+had none, which made the training of large models more stable (Chowdhery et al. 2022, section 2).
+Llama, Mistral, Qwen3 and Gemma use RMSNorm and have no biases.
 
 New here: RMSNorm in place of nn.LayerNorm, and bias=False everywhere.
 Run it:   python v9a_rmsnorm.py
-Expect:   a validation loss of about 1.61; v7b_kv_cache.py reaches 1.59. At this size it gains
-          nothing, and three lines of Python are slower than PyTorch's LayerNorm. Zhang and Sennrich
-          report the same quality in 7% to 64% less time.
+Expect:   a validation loss of about 1.61; v7b_kv_cache.py reaches 1.59. At this size it costs a
+          little, and three lines of Python are slower than PyTorch's LayerNorm. Zhang and Sennrich
+          report comparable quality in 7% to 64% less time.
 Diff:     git diff --no-index v7b_kv_cache.py v9a_rmsnorm.py
 """
 
@@ -203,7 +203,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

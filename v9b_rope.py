@@ -1,16 +1,16 @@
 """v9b_rope.py: positions as rotations of queries and keys, instead of learned vectors.
 
-Learned positions end at block_size. Rotary position embedding (Su et al. 2021) has no end and
-nothing to learn. It cuts a query or key into pairs of numbers and rotates each pair by an angle
-that grows with the position p of the token:
+Learned positions end at block_size. Rotary position embedding (Su et al. 2021) has nothing to
+learn, and an angle for every position. It cuts a query or key into pairs of numbers and rotates
+each pair by an angle that grows with the position p of the token:
 
     (a, b) -> (a cos(p f) - b sin(p f), b cos(p f) + a sin(p f))
 
-Each pair has its own frequency f, from 1 down to almost 1 / 10,000. The dot product of two rotated
+Each pair has its own frequency f, from 1 down towards 1 / 10,000. The dot product of two rotated
 vectors depends only on the difference between their angles, so an attention score depends on how
 far apart two tokens are, and not on where they are.
 
-Cached keys therefore stay valid while the text grows. When the cache is full, the newest token
+So cached keys stay valid when the oldest token is dropped. When the cache is full, the newest token
 replaces the oldest, and a step still processes one token, where v7b had to process half of the
 context again. Llama, Mistral, Qwen and Gemma all use rotary positions.
 
@@ -115,7 +115,7 @@ class KVCache:
             batch_size, cfg.n_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_head, block_size, head_size)
-        self.length = 0  # the number of tokens so far
+        self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor
@@ -123,7 +123,7 @@ class KVCache:
         """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens kept.
 
         Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
+        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -147,7 +147,7 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
-    A pair is a number in the first half of the head and one in the second half, as in Llama.
+    A pair is a number in the first half of the head and one in the second, as in transformers.
     """
     cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
@@ -240,7 +240,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

@@ -5,9 +5,9 @@ hidden layer, the gate, and multiplies the two:
 
     projection(silu(gate(x)) * expansion(x)),    silu(g) = g / (1 + exp(-g))
 
-So the network can compute products of its inputs, which a single layer with ReLU can't. Three
-matrices in place of two would need half as many parameters again, so the hidden layer is narrower:
-two thirds of 4 * n_embd, rounded up to a multiple of 8. Llama, Mistral and Qwen use SwiGLU.
+So each hidden unit is a product of two functions of x. Why that helps, the paper doesn't explain.
+Three matrices in place of two would need half as many parameters again, so the hidden layer is
+narrower: two thirds of 4 * n_embd, rounded up to a multiple of 8. Llama, Mistral and Qwen use it.
 
 New here: the gate.
 Run it:   python v9c_swiglu.py
@@ -111,7 +111,7 @@ class KVCache:
             batch_size, cfg.n_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_head, block_size, head_size)
-        self.length = 0  # the number of tokens so far
+        self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor
@@ -119,7 +119,7 @@ class KVCache:
         """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens kept.
 
         Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
+        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -143,7 +143,7 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
-    A pair is a number in the first half of the head and one in the second half, as in Llama.
+    A pair is a number in the first half of the head and one in the second, as in transformers.
     """
     cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
@@ -238,7 +238,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

@@ -5,7 +5,7 @@ more memory and time than the weights. Grouped-query attention (Ainslie et al. 2
 queries but computes only n_kv_head keys and values, each shared by n_head / n_kv_head query heads.
 The cache shrinks by that factor, and so do the matrices that compute keys and values. With
 n_kv_head equal to n_head, it is the attention of v9c; with n_kv_head 1, it is multi-query attention
-(Shazeer 2019). Llama 2 70B, Llama 3, Mistral and Qwen use it.
+(Shazeer 2019). Llama 2 70B, Llama 3, Mistral and Qwen3 use it.
 
 New here: n_kv_head.
 Run it:   python v9d_gqa.py
@@ -111,7 +111,7 @@ class KVCache:
             batch_size, cfg.n_kv_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_kv_head, block_size, head_size)
-        self.length = 0  # the number of tokens so far
+        self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor
@@ -119,7 +119,7 @@ class KVCache:
         """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
 
         Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
+        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -143,7 +143,7 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
-    A pair is a number in the first half of the head and one in the second half, as in Llama.
+    A pair is a number in the first half of the head and one in the second, as in transformers.
     """
     cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
@@ -194,7 +194,7 @@ class MultiHeadAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, n_embd = x.shape
         sizes = [n_embd, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)
+        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, sizes[i]) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
@@ -246,7 +246,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

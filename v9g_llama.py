@@ -4,8 +4,8 @@ The released models of today are v9d with a few more settings:
 
 - head_size: a head may be wider than n_embd / n_head.
 - intermediate_size: the hidden width of the feed-forward network.
-- qk_norm: Qwen3 normalises each query and key before the rotation. That keeps scores from growing
-  until training becomes unstable (Henry et al. 2020).
+- qk_norm: Qwen3 normalises each query and key before the rotation. In large models, that keeps the
+  scores from growing until training diverges (Dehghani et al. 2023, section 2).
 - tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
   saves a large part of a small model.
 - rope_theta: the larger the base, the slower the slowest rotations, which tell distances of many
@@ -81,13 +81,13 @@ class Config:
     head_size: int = setting("width of a head; 0: n_embd / n_head", gpu=0, cpu=0, below=2**20)
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
-    tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
+    tie_word_embeddings: bool = setting("one matrix for tokens in and out", gpu=False, cpu=False)
     rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("turns that are still slow", gpu=1.0, cpu=1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns that are fast", gpu=4.0, cpu=4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context of turns", gpu=8192, cpu=8192, least=1)
+    rope_low_freq_factor: float = setting("fewer turns count as slow", gpu=1.0, cpu=1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("more turns count as fast", gpu=4.0, cpu=4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("original context", gpu=8192, cpu=8192, least=1)
 
 
 # The settings that the weights were trained with, so they can't change.
@@ -143,7 +143,7 @@ class KVCache:
             batch_size, cfg.n_kv_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_kv_head, block_size, head_size)
-        self.length = 0  # the number of tokens so far
+        self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor
@@ -151,7 +151,7 @@ class KVCache:
         """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
 
         Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
+        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -174,17 +174,17 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
         context = cfg.original_max_position_embeddings
         turns = context * frequencies / (2 * math.pi)  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # 0 for slow rotations, 1 for fast ones, and a number in between for those in between.
-        is_fast = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
+        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         slowed = frequencies / cfg.rope_factor  # (head_size // 2,)
-        frequencies = is_fast * frequencies + (1 - is_fast) * slowed  # (head_size // 2,)
+        frequencies = kept * frequencies + (1 - kept) * slowed  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
-    A pair is a number in the first half of the head and one in the second half, as in Llama.
+    A pair is a number in the first half of the head and one in the second, as in transformers.
     """
     cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
@@ -237,7 +237,7 @@ class MultiHeadAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, _ = x.shape
         sizes = [self.query_size, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)
+        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, sizes[i]) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
@@ -291,7 +291,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

@@ -1,12 +1,12 @@
-"""v9h_tokenizer.py: read and write the tokens of any released model.
+"""v9h_tokenizer.py: read and write the tokens of released models.
 
 Most released models have a tokenizer.json. It contains the vocabulary and all rules: how a text is
 cut into words before byte-pair encoding, which pairs of tokens are merged and in what order, and
-which special tokens are added. The library tokenizers applies them, so --tokenizer takes the
-tokenizer.json of any model, or a folder that has one. Three things differ from characters:
+which special tokens are added. The library tokenizers applies them, so --tokenizer takes any
+tokenizer.json, or a folder that has one. Three things differ from characters:
 
-- The text of a token may depend on its neighbours: it may be a part of a character, or its leading
-  space may count only inside a text. So stream_text decodes all tokens so far.
+- The text of a token may depend on its neighbours: it may be a part of a character, or start with
+  a space that is dropped at the beginning of a text. So stream_text decodes all tokens so far.
 - A special token ends a text, and generation stops there. The config.json or generation_config.json
   beside tokenizer.json says which one that is.
 - Llama 3 and Qwen3 have more than 65,536 tokens, so token ids no longer fit uint16.
@@ -80,13 +80,13 @@ class Config:
     head_size: int = setting("width of a head; 0: n_embd / n_head", gpu=0, cpu=0, below=2**20)
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", gpu=0, cpu=0, below=2**20)
     qk_norm: bool = setting("normalise queries and keys", gpu=False, cpu=False)
-    tie_word_embeddings: bool = setting("token embedding = output layer", gpu=False, cpu=False)
+    tie_word_embeddings: bool = setting("one matrix for tokens in and out", gpu=False, cpu=False)
     rms_norm_eps: float = setting("added to the mean square", gpu=1e-5, cpu=1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", gpu=10_000.0, cpu=10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", gpu=1.0, cpu=1.0, least=1)
-    rope_low_freq_factor: float = setting("turns that are still slow", gpu=1.0, cpu=1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns that are fast", gpu=4.0, cpu=4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context of turns", gpu=8192, cpu=8192, least=1)
+    rope_low_freq_factor: float = setting("fewer turns count as slow", gpu=1.0, cpu=1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("more turns count as fast", gpu=4.0, cpu=4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("original context", gpu=8192, cpu=8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", gpu="char", cpu="char")
 
 
@@ -102,13 +102,13 @@ class FileTokenizer:
     """A tokenizer.json and what belongs to it, with the methods of tiktoken's encodings."""
 
     name = "file"
-    characters = ""  # it needs no list of them
+    characters = ""  # a checkpoint lists them, but only CharTokenizer has any
 
     def __init__(self, content: dict) -> None:
         """content: what llama.read_tokenizer returns."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
-        self.tokenizer.no_truncation()  # which would cut off most of a corpus
+        self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
         self.tokenizer.no_padding()
         self.n_vocab = content["n_vocab"]
         self.end_of_text = content["end_of_text"]
@@ -167,7 +167,7 @@ class KVCache:
             batch_size, cfg.n_kv_head, cfg.block_size, head_size
         )
         self.values = torch.empty_like(self.keys)  # (B, n_kv_head, block_size, head_size)
-        self.length = 0  # the number of tokens so far
+        self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(
         self, key: torch.Tensor, value: torch.Tensor
@@ -175,7 +175,7 @@ class KVCache:
         """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
 
         Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. Their order doesn't matter to attention: positions are in the rotated keys.
+        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -198,17 +198,17 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
         context = cfg.original_max_position_embeddings
         turns = context * frequencies / (2 * math.pi)  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # 0 for slow rotations, 1 for fast ones, and a number in between for those in between.
-        is_fast = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
+        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         slowed = frequencies / cfg.rope_factor  # (head_size // 2,)
-        frequencies = is_fast * frequencies + (1 - is_fast) * slowed  # (head_size // 2,)
+        frequencies = kept * frequencies + (1 - kept) * slowed  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
 
 
 def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
 
-    A pair is a number in the first half of the head and one in the second half, as in Llama.
+    A pair is a number in the first half of the head and one in the second, as in transformers.
     """
     cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
@@ -261,7 +261,7 @@ class MultiHeadAttention(nn.Module):
     ) -> torch.Tensor:
         B, T, _ = x.shape
         sizes = [self.query_size, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)
+        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, sizes[i]) each
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
@@ -315,7 +315,7 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm has the place of LayerNorm in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 

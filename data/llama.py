@@ -120,7 +120,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     n_kv_head = {"llama": n_head, "mistral": 8, "qwen3": 32}[config["model_type"]]
     config.setdefault("num_key_value_heads", n_kv_head)
     config.setdefault("head_dim", 128 if is_qwen else None)
-    config.setdefault("max_position_embeddings", 2048)
+    context = {"llama": 2048, "mistral": 131_072, "qwen3": 32_768}[config["model_type"]]
+    config.setdefault("max_position_embeddings", context)
     if config["num_key_value_heads"] is None:
         config["num_key_value_heads"] = n_head
     if config["head_dim"] is None:
@@ -154,7 +155,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def check_kind(config: dict[str, Any], path: Path) -> None:
-    """Raise InputError, naming what it is, if a model has anything that ours hasn't."""
+    """Raise InputError, naming what it is, if a model has anything that ours doesn't have."""
     kind = config.get("model_type")
     if kind not in KINDS:
         why = f"its model_type is {kind!r}, but only {', '.join(KINDS)} can be loaded"
@@ -207,7 +208,7 @@ def number(config: dict[str, Any], name: str, path: Path, least: float) -> float
 
 
 def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the settings of the rotation; raises InputError for a type that ours hasn't.
+    """Return the settings of the rotation; raises InputError for a type that v9g doesn't have.
 
     They are in rope_parameters or, in older files, in rope_theta and rope_scaling.
     """
@@ -346,13 +347,15 @@ def weight_files(folder: Path) -> dict[str, Path]:
     from safetensors import safe_open  # here, because only v9i needs it
 
     single = folder / "model.safetensors"
-    if not single.exists() and (folder / "model.safetensors.index.json").exists():
-        files = {name: folder / file for name, file in read_index(folder).items()}
-    elif single.exists():
+    if single.exists():
         files = {}
+        paths = [single]
+    elif (folder / "model.safetensors.index.json").exists():
+        files = {name: folder / file for name, file in read_index(folder).items()}
+        paths = sorted(set(files.values()))
     else:
         raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
-    for path in sorted(set(files.values())) or [single]:
+    for path in paths:
         try:
             with safe_open(path, framework="pt") as file:
                 names = set(file.keys())
@@ -376,7 +379,7 @@ def copy_weights(folder: Path, own: dict[str, torch.Tensor]) -> None:
     if HEAD in files and HEAD not in own and EMBEDDING in files:
         head, embedding = read_weight(files[HEAD], HEAD), read_weight(files[EMBEDDING], EMBEDDING)
         check_head(head, embedding, files[HEAD])
-        del files[HEAD], head, embedding
+        del files[HEAD], head, embedding  # the tensors too, which may be large
     missing = [name for name in own if name not in files]
     extra = [name for name in files if name not in own]
     problems = []
@@ -432,7 +435,11 @@ def write_model(
         rope["low_freq_factor"] = cfg.rope_low_freq_factor
         rope["high_freq_factor"] = cfg.rope_high_freq_factor
         rope["original_max_position_embeddings"] = cfg.original_max_position_embeddings
-    end_of_text = tokenizer.end_of_text
+    end_of_text = list(tokenizer.end_of_text)
+    if len(end_of_text) == 0:
+        end_of_text = None
+    elif len(end_of_text) == 1:
+        end_of_text = end_of_text[0]
     n_embd = cfg.n_embd
     config = {
         "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "LlamaForCausalLM"],
@@ -450,7 +457,7 @@ def write_model(
         "tie_word_embeddings": cfg.tie_word_embeddings,
         "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
         "bos_token_id": None,
-        "eos_token_id": end_of_text[0] if len(end_of_text) == 1 else end_of_text or None,
+        "eos_token_id": end_of_text,
     }
     texts = {}
     if tokenizer.name == "char":

@@ -95,6 +95,8 @@ class ShapeTracer:
             known["hidden"] = names["self"].gate.out_features
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
+        if "sizes" in names:
+            known["sizes"] = names["sizes"]
         if "context" in names:
             known["context"] = names["context"]
         if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
@@ -118,8 +120,8 @@ class ShapeTracer:
                 (values,) = values  # several tensors under one name
         values = [v.weight if isinstance(v, torch.nn.Module) else v for v in values]
         claims = self.claims[line] * (len(values) if len(self.claims[line]) == 1 else 1)
-        for value, claim in zip(values, claims, strict=True):
-            expected = eval(claim, sizes)
+        for i, (value, claim) in enumerate(zip(values, claims, strict=True)):
+            expected = eval(claim, {**sizes, "i": i})
             shape = tuple(value.shape)
             if expected[:1] == (...,):  # any number of dimensions before the others
                 shape = (..., *shape[len(shape) - len(expected) + 1 :])
