@@ -303,8 +303,11 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
 
 
 def check_averages(averages: dict, parameter: torch.Tensor) -> None:
-    """Raise ValueError if AdamW's averages of a parameter's gradient don't have its shape."""
-    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    """Raise ValueError if an optimizer's averages don't have the shape of their parameter."""
+    if "average" in averages:  # that of Muon
+        shapes = {"average": parameter.shape}
+    else:  # those of AdamW
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     for name, shape in shapes.items():
         if averages[name].shape != shape or averages[name].is_sparse:
             raise ValueError(f"{name} has shape {tuple(averages[name].shape)}")
