@@ -7,6 +7,7 @@ small changes. These lower the loss that a small model reaches in minutes on a C
 - zero_init: the last layers start at zero, so that at first each block changes nothing.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
+- smear: a gate decides how much of the previous embedding is added.
 - value_embeddings: each block adds an embedding of the character to its values.
 - trapezoid: the learning rate stays at its peak for half of the run, then falls linearly to zero.
 
@@ -93,6 +94,7 @@ class Config:
     zero_init: bool = setting("start the last layers at zero", gpu=True, cpu=True)
     embedding_norm: bool = setting("normalise the embeddings", gpu=True, cpu=True)
     bigrams: bool = setting("embed pairs of characters", gpu=True, cpu=True)
+    smear: bool = setting("add a part of the previous embedding", gpu=True, cpu=True)
     value_embeddings: bool = setting("add embeddings to values", gpu=True, cpu=True)
     trapezoid: bool = setting("linear decay in place of a cosine", gpu=True, cpu=True)
     minutes: float = setting("train by the clock; not reproducible; 0: off", gpu=0.0, cpu=0.0)
@@ -100,7 +102,7 @@ class Config:
 
 # The settings that determine the shapes of the weights.
 SIZES = [
-    "n_embd", "n_head", "n_layer", "n_kv_head", "qk_norm", "embedding_norm", "bigrams",
+    "n_embd", "n_head", "n_layer", "n_kv_head", "qk_norm", "embedding_norm", "bigrams", "smear",
     "value_embeddings",
 ]
 
@@ -216,10 +218,9 @@ class MultiHeadAttention(nn.Module):
         self.query_key_value = nn.Linear(cfg.n_embd, cfg.n_embd + 2 * self.kv_size, bias=False)
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
-        self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
-        if cfg.qk_norm:
-            self.query_norm = RMSNorm(cfg.n_embd // cfg.n_head)
-            self.key_norm = RMSNorm(cfg.n_embd // cfg.n_head)
+        head_size = cfg.n_embd // cfg.n_head
+        self.query_norm = RMSNorm(head_size) if cfg.qk_norm else nn.Identity()
+        self.key_norm = RMSNorm(head_size) if cfg.qk_norm else nn.Identity()
 
     def forward(
         self, x: torch.Tensor, angles: torch.Tensor, cache: KVCache | None = None,
@@ -316,12 +317,12 @@ class LanguageModel(nn.Module):
         self.embedding_norm = RMSNorm(cfg.n_embd) if cfg.embedding_norm else nn.Identity()
         if cfg.bigrams:
             self.bigram_embedding = nn.Embedding(vocab_size**2, cfg.n_embd)  # (V * V, n_embd)
+        if cfg.smear:
+            self.smear_gate = nn.Linear(cfg.n_embd, 1, bias=False)
         self.value_embeddings = nn.ModuleList()
         if cfg.value_embeddings:
-            kv_size = cfg.n_embd // cfg.n_head * cfg.n_kv_head
-            self.value_embeddings.extend(
-                nn.Embedding(vocab_size, kv_size) for _ in range(cfg.n_layer)
-            )
+            for block in self.blocks:
+                self.value_embeddings.append(nn.Embedding(vocab_size, block.attention.kv_size))
         # Small weights, as in GPT (Radford et al. 2018, section 4.1). RMSNorm's have one dimension,
         # so they keep their initial value, 1.
         for parameter in self.parameters():
@@ -345,14 +346,17 @@ class LanguageModel(nn.Module):
         head_size = self.cfg.n_embd // self.cfg.n_head
         angles = rotation_angles(positions, head_size)  # (T, head_size // 2)
         x = self.token_embedding(idx)  # (B, T, n_embd)
+        previous = F.pad(idx, (1, -1))  # (B, T), each one position later, after a 0
+        if caches is not None:
+            previous[:, 0] = caches[0].last_token
+            caches[0].last_token = idx[:, -1]
         if self.cfg.bigrams:
-            previous = idx.roll(1, dims=1)  # (B, T)
-            previous[:, 0] = 0 if caches is None else caches[0].last_token
             pairs = previous * self.token_embedding.num_embeddings + idx  # (B, T)
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         x = self.embedding_norm(x)  # (B, T, n_embd)
-        if caches is not None:
-            caches[0].last_token = idx[:, -1]  # (B,)
+        if self.cfg.smear:
+            before = self.embedding_norm(self.token_embedding(previous))  # (B, T, n_embd)
+            x = x + self.smear_gate(x).tanh() * before  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
             cache = None if caches is None else caches[i]
             more = self.value_embeddings[i](idx) if self.cfg.value_embeddings else None
@@ -627,8 +631,7 @@ def train(
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
     warming_up = True
-    earlier = log[-1]["seconds"] if len(log) > 0 else 0.0  # how long the run took before
-    start = time.perf_counter() - earlier
+    start = time.perf_counter() - (log[-1]["seconds"] if len(log) > 0 else 0.0)
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
@@ -707,10 +710,9 @@ def main(argv: list[str] | None = None) -> None:
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.minutes > 0:
             budgets = [minutes for minutes in BUDGETS if minutes <= cfg.minutes]
-            settings = BUDGETS[max(budgets, default=min(BUDGETS))]
+            settings = {**BUDGETS[max(budgets, default=min(BUDGETS))], "max_iters": BY_CLOCK}
             # Now these take the place of the defaults.
-            saved = {**settings, "max_iters": BY_CLOCK}
-            cfg = data.read_flags(Config, __doc__, argv, saved=saved)
+            cfg = data.read_flags(Config, __doc__, argv, saved=settings)
         state = None
         if cfg.resume or cfg.sample_only:
             state = data.find_checkpoint(cfg)

@@ -273,6 +273,7 @@ COURSE = {
             "Config.zero_init",
             "Config.embedding_norm",
             "Config.bigrams",
+            "Config.smear",
             "Config.value_embeddings",
             "Config.trapezoid",
             "Config.minutes",

@@ -95,6 +95,8 @@ class ShapeTracer:
             known["hidden"] = names["self"].gate.out_features
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
+        if isinstance(names.get("matrices"), torch.Tensor):  # orthogonalise
+            known["n"], known["rows"], known["columns"] = names["matrices"].shape
         if "sizes" in names:
             known["sizes"] = names["sizes"]
         if "context" in names:

@@ -12,7 +12,7 @@ import v9e_muon as v9e
 import v9f_speedrun as v9f
 
 SWITCHES = [
-    "qk_norm", "zero_init", "embedding_norm", "bigrams", "value_embeddings", "trapezoid",
+    "qk_norm", "zero_init", "embedding_norm", "bigrams", "smear", "value_embeddings", "trapezoid",
 ]  # fmt: skip
 ALL_OFF = dict.fromkeys(SWITCHES, False)
 
@@ -63,7 +63,7 @@ def test_at_first_each_block_changes_nothing():
 
 def test_each_pair_of_characters_has_an_embedding():
     """The first character of a text forms a pair with token 0."""
-    model = shaken(build(v9f, embedding_norm=False))
+    model = shaken(build(v9f, embedding_norm=False, smear=False))
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     idx = random_tokens(2, 5)
@@ -74,6 +74,18 @@ def test_each_pair_of_characters_has_an_embedding():
             pair = model.bigram_embedding.weight[previous * VOCAB_SIZE + idx[b, t]]
             expected = model.token_embedding.weight[idx[b, t]] + pair
             torch.testing.assert_close(seen[0][b, t], expected)
+
+
+def test_a_gate_adds_some_of_the_previous_embedding():
+    model = shaken(build(v9f, embedding_norm=False, bigrams=False))
+    seen = []
+    model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    idx = random_tokens(1, 5)
+    model(idx)
+    embeddings = model.token_embedding(idx[0])
+    gates = torch.tanh(embeddings @ model.smear_gate.weight[0])
+    expected = embeddings[1:] + gates[1:, None] * embeddings[:-1]
+    torch.testing.assert_close(seen[0][0, 1:], expected)
 
 
 def test_values_get_an_embedding_of_their_character():
