@@ -177,7 +177,9 @@ def take_turn(name: str, cfg: Config) -> Turn:
     model = make(script_cfg, VOCAB_SIZE).to(cfg.device)
     times = []
 
-    def note_time(*_: Any) -> None:
+    def note_time(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not isinstance(optimizer, torch.optim.AdamW):
+            return  # in v9e, AdamW follows Muon in each step
         if cfg.device.startswith("cuda") and len(times) in (0, cfg.steps):
             torch.cuda.synchronize(cfg.device)
         times.append(time.perf_counter())

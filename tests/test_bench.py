@@ -32,7 +32,9 @@ def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
         now[0] += 1e-9
         return now[0]
 
-    def step_takes_a_second(*_):
+    def step_takes_a_second(optimizer, *_):
+        if not isinstance(optimizer, torch.optim.AdamW):
+            return  # v9e has another one before it
         now[0] += 1 if steps else 100  # the first one, as a warm-up does, takes longer
         steps.append(1)
 

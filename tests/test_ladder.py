@@ -260,39 +260,6 @@ COURSE = {
         "adds": ["orthogonalise", "Muon", "make_optimizers"],
         "changes": ["Config.learning_rate", "Config.weight_decay", "save_checkpoint", "train"],
     },
-    "v9f_speedrun": {
-        "parent": "v9e_muon",
-        "lesson": "reach the lowest loss within a few minutes, and know what each trick is worth",
-        "adds": [
-            "SHORT",
-            "MEDIUM",
-            "LONG",
-            "BUDGETS",
-            "BY_CLOCK",
-            "Config.qk_norm",
-            "Config.zero_init",
-            "Config.embedding_norm",
-            "Config.bigrams",
-            "Config.smear",
-            "Config.value_embeddings",
-            "Config.trapezoid",
-            "Config.minutes",
-            "progress_at",
-        ],
-        "changes": [
-            "SIZES",
-            "KVCache.__init__",
-            "MultiHeadAttention.__init__",
-            "MultiHeadAttention.forward",
-            "Block.forward",
-            "LanguageModel.__init__",
-            "LanguageModel.forward",
-            "make_optimizers",
-            "learning_rate_at",
-            "train",
-            "main",
-        ],
-    },
     "v9g_llama": {
         "parent": "v9d_gqa",
         "lesson": "have every setting that Llama and Qwen3 have",
@@ -444,7 +411,8 @@ def test_every_script_has_the_same_order(script):
     first_to_last = ["Config", "LanguageModel", "estimate_loss", "train", "main"]
     assert [name for name in names if name in first_to_last] == first_to_last
     assert (names[0], names[-1]) == ("Config", "main")
-    components = [node.name for node in module.body if getattr(node, "bases", None)]
+    classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
+    components = [c.name for c in classes if [ast.unparse(b) for b in c.bases] == ["nn.Module"]]
     assert components[-1] == "LanguageModel", "components come before what they are part of"
 
 
