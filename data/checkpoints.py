@@ -299,6 +299,7 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
                     check_averages(optimizer.state[parameter], parameter)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         why = f"damaged: the optimizer's averages don't fit ({error})"
+        why = f"{why}, or written by a script with another optimizer; use {state['script']}.py"
         raise InputError(f"{state['path']}: {why}") from None
 
 

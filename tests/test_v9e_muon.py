@@ -223,5 +223,5 @@ def test_averages_of_the_wrong_shape_are_refused(corpus, tmp_path, capsys):
 def test_a_run_of_v9d_can_not_be_resumed(corpus, tmp_path, capsys):
     v9d.main([*tiny_flags(v9d, out_dir=tmp_path), "--data", str(corpus)])
     line = refused(v9e, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
-    print(line)
     assert line.startswith(f"error: {tmp_path / 'latest.pt'}: ")
+    assert line.endswith("or written by a script with another optimizer; use v9d_gqa.py")
