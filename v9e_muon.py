@@ -50,7 +50,7 @@ class Config:
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
-    learning_rate: float = setting("learning rate", gpu=3e-3, cpu=1e-2, least=1e-9, below=1)
+    learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
     eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
@@ -63,7 +63,7 @@ class Config:
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
     compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
-    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.1)
+    weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
     resume: bool = setting("continue the newest run, or that of --out_dir", gpu=False, cpu=False)

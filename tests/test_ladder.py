@@ -258,7 +258,7 @@ COURSE = {
         "lesson": "take steps of the same size in all directions of a weight matrix",
         "replaces": ["make_optimizer"],
         "adds": ["orthogonalise", "Muon", "make_optimizers"],
-        "changes": ["Config.learning_rate", "Config.weight_decay", "save_checkpoint", "train"],
+        "changes": ["save_checkpoint", "train"],
     },
     "v9g_llama": {
         "parent": "v9d_gqa",
