@@ -40,6 +40,8 @@ PARENTS = {
     "v9c_swiglu": "v9b_rope",
     "v9d_gqa": "v9c_swiglu",
     "v9e_muon": "v9d_gqa",
+    "v9j_tricks": "v9e_muon",
+    "v9f_speedrun": "v9j_tricks",
     "v9g_llama": "v9d_gqa",
     "v9h_tokenizer": "v9g_llama",
     "v9i_pretrained": "v9h_tokenizer",

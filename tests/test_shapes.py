@@ -91,8 +91,10 @@ class ShapeTracer:
         if "batch_size" in names:
             known["B"] = names["batch_size"]
         attributes = vars(names["self"]) if "self" in names else {}
-        if hasattr(names.get("self"), "gate"):
-            known["hidden"] = names["self"].gate.out_features
+        if hasattr(names.get("self"), "expansion"):
+            known["hidden"] = names["self"].expansion.out_features
+        if hasattr(names.get("self"), "blocks") and hasattr(names["self"].blocks[0], "attention"):
+            known["kv_size"] = getattr(names["self"].blocks[0].attention, "kv_size", None)
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
         if isinstance(names.get("matrices"), torch.Tensor):  # orthogonalise
@@ -162,6 +164,9 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             model(torch.zeros(2, 3).long(), caches=caches)
         if hasattr(script, "PRESETS"):
             script.main([*flags, "--out_dir", str(tmp_path / "post"), "--norm", "post"])
+        for switch in ("relu_squared", "fused_attention"):  # on for a GPU, so in these runs
+            if switch in script.Config.__dataclass_fields__:
+                script.main([*flags, "--out_dir", str(tmp_path / switch), f"--no-{switch}"])
         if hasattr(script, "head_size_of"):
             script.main([*flags, "--out_dir", str(tmp_path / "long"), "--rope_factor", "8"])
         if hasattr(script, "autocast"):

@@ -1,0 +1,126 @@
+"""v9f_speedrun.py: runs by the clock, and attention without the fused kernel."""
+
+import re
+
+import data
+
+import pytest
+import torch
+from conftest import build, random_tokens, refused, shaken, tiny, tiny_flags
+
+import v9f_speedrun as v9f
+
+# ---- attention without the fused kernel
+
+
+def test_attention_written_out_equals_the_fused_kernel():
+    """Also with three heads to one key/value head, and for the gradients."""
+    plain, fused = (shaken(build(v9f, fused_attention=on)) for on in (False, True))
+    fused.load_state_dict(plain.state_dict())
+    idx, targets = random_tokens(2, 5), random_tokens(2, 5)
+    losses = []
+    for model in (plain, fused):
+        _, loss = model(idx, targets)
+        loss.backward()
+        losses.append(loss)
+    torch.testing.assert_close(*losses)
+    for one, other in zip(plain.parameters(), fused.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_it_drops_attention_weights_in_training_only(monkeypatch):
+    seen = []
+    plain_attention = v9f.plain_attention
+
+    def remember(query, key, value, dropout_p):
+        seen.append(dropout_p)
+        return plain_attention(query, key, value, dropout_p)
+
+    monkeypatch.setattr(v9f, "plain_attention", remember)
+    model = build(v9f, fused_attention=False, dropout=0.5)
+    model(random_tokens(2, 5))
+    model.eval()
+    model(random_tokens(2, 5))
+    assert seen == [0.5, 0.5, 0.0, 0.0]
+
+
+def test_dropped_weights_are_zero():
+    query = torch.randn(1, 1, 64, 4)
+    value = torch.ones(1, 1, 64, 4)
+    out = v9f.plain_attention(query, query, value, 0.5)
+    assert out.std() > 0.1
+    torch.testing.assert_close(v9f.plain_attention(query, query, value, 0.0), value)
+
+
+# ---- the clock
+
+
+def test_by_the_clock_progress_is_the_time_that_has_passed():
+    cfg = tiny(v9f, max_iters=v9f.BY_CLOCK, minutes=2.0)
+    assert [v9f.progress_at(7, seconds, cfg) for seconds in (0.0, 30.0, 120.0, 130.0)] == [
+        0.0, 0.25, 1.0, 1.0
+    ]  # fmt: skip
+    by_steps = tiny(v9f, max_iters=20, warmup_iters=0, minutes=2.0)
+    assert v9f.progress_at(5, 1e9, by_steps) == 0.25
+
+
+def test_a_run_ends_when_its_time_is_over(splits, monkeypatch):
+    """On a clock that goes on by a second whenever it is read."""
+    now = iter(range(10**6))
+    monkeypatch.setattr(v9f.time, "perf_counter", lambda: float(next(now)))
+    changes = {"minutes": 0.5, "max_iters": v9f.BY_CLOCK, "warmup_iters": 0, "eval_interval": 5}
+    history = v9f.train(build(v9f), *splits, tiny(v9f, **changes))
+    steps = [step for step, _, _ in history]
+    assert steps[0] == 0
+    assert 10 < steps[-1] < 31
+
+
+@pytest.mark.parametrize(
+    ("minutes", "budget"), [(0.01, 2), (2, 2), (4.9, 2), (5, 5), (500, 5)]
+)
+def test_minutes_choose_the_settings(monkeypatch, capsys, minutes, budget):
+    seen = []
+
+    def build(cfg, vocab_size):
+        seen.append(cfg)
+        raise data.InputError("seen enough")
+
+    monkeypatch.setattr(v9f, "LanguageModel", build)
+    flags = ["--minutes", minutes, "--device", "cpu", "--data", "python"]
+    refused(v9f, capsys, *flags)
+    assert vars(seen[0]).items() >= v9f.BUDGETS[budget].items()
+    assert seen[0].max_iters == v9f.BY_CLOCK
+    refused(v9f, capsys, *flags, "--max_iters", "70", "--n_layer", "1")
+    assert (seen[1].max_iters, seen[1].n_layer) == (70, 1)
+
+
+def test_a_run_by_steps_is_reproducible(corpus, tmp_path, capsys):
+    for name in ("first", "second"):
+        flags = tiny_flags(v9f, out_dir=tmp_path / name, minutes=3, warmup_iters=1)
+        v9f.main([*flags, "--data", str(corpus)])
+    states = [torch.load(tmp_path / name / "latest.pt") for name in ("first", "second")]
+    for name, weight in states[0]["model"].items():
+        assert torch.equal(states[1]["model"][name], weight)
+
+
+def test_a_resumed_run_by_the_clock_has_only_the_time_that_is_left(splits, monkeypatch):
+    cfg = tiny(v9f, minutes=1.0, max_iters=v9f.BY_CLOCK, warmup_iters=0, eval_interval=10**6)
+    model = build(v9f)
+    optimizers = v9f.make_optimizers(model, cfg)
+    entry = {"step": 4, "train_loss": 1.0, "val_loss": 1.0, "seconds": 50.0}
+    state = {
+        "step": 4, "log": [entry], "random_state": torch.get_rng_state(), "path": "",
+        "optimizer": {i: o.state_dict()["state"] for i, o in enumerate(optimizers)},
+    }  # fmt: skip
+    monkeypatch.setattr(data, "load_averages", lambda optimizer, state: None)
+    now = iter(range(10**6))
+    monkeypatch.setattr(v9f.time, "perf_counter", lambda: float(next(now)))
+    history = v9f.train(model, *splits, cfg, None, state)
+    assert 4 < history[-1][0] < 4 + 10
+
+
+def test_the_help_says_that_the_clock_is_not_reproducible(capsys):
+    with pytest.raises(SystemExit):
+        v9f.main(["--help"])
+    out = capsys.readouterr().out
+    assert re.search(r"--minutes float\s+train by the clock; not reproducible", out)
