@@ -652,14 +652,17 @@ def train(
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
     warming_up = True
-    start = time.perf_counter() - (log[-1]["seconds"] if len(log) > 0 else 0.0)
+    seconds_before = 0.0 if state is None else state.get("seconds", 0.0)
+    start = time.perf_counter() - seconds_before
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
+            elapsed = time.perf_counter() - start
+            if run is not None:
+                run["seconds"] = elapsed  # for the checkpoint
             if data.stop_requested():
                 save_checkpoint("latest.pt", model, optimizers, step, log, run)
                 raise KeyboardInterrupt
-            elapsed = time.perf_counter() - start
             progress = progress_at(step, elapsed, cfg)
             if progress >= 1:
                 cfg = replace(cfg, max_iters=step)
@@ -687,7 +690,7 @@ def train(
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 is_best = all(val_loss < entry["val_loss"] for entry in log)
                 losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-                log.append({**losses, "tokens_per_second": speed, "seconds": elapsed})
+                log.append({**losses, "tokens_per_second": speed})
                 save_checkpoint("latest.pt", model, optimizers, step, log, run)
                 if is_best:
                     save_checkpoint("best.pt", model, optimizers, step, log, run)

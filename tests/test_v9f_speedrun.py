@@ -103,20 +103,29 @@ def test_a_run_by_steps_is_reproducible(corpus, tmp_path, capsys):
         assert torch.equal(states[1]["model"][name], weight)
 
 
-def test_a_resumed_run_by_the_clock_has_only_the_time_that_is_left(splits, monkeypatch):
-    cfg = tiny(v9f, minutes=1.0, max_iters=v9f.BY_CLOCK, warmup_iters=0, eval_interval=10**6)
-    model = build(v9f)
-    optimizers = v9f.make_optimizers(model, cfg)
-    entry = {"step": 4, "train_loss": 1.0, "val_loss": 1.0, "seconds": 50.0}
-    state = {
-        "step": 4, "log": [entry], "random_state": torch.get_rng_state(), "path": "",
-        "optimizer": {i: o.state_dict()["state"] for i, o in enumerate(optimizers)},
-    }  # fmt: skip
-    monkeypatch.setattr(data, "load_averages", lambda optimizer, state: None)
+def test_a_resumed_run_by_the_clock_has_only_the_time_that_is_left(
+    splits, monkeypatch, tmp_path
+):
+    """On a clock that goes on by a second whenever it is read; stopped long before the end."""
+    clock = {"minutes": 1.0, "max_iters": v9f.BY_CLOCK, "warmup_iters": 0, "eval_interval": 10**6}
+    cfg = tiny(v9f, **clock)
     now = iter(range(10**6))
     monkeypatch.setattr(v9f.time, "perf_counter", lambda: float(next(now)))
-    history = v9f.train(model, *splits, cfg, None, state)
-    assert 4 < history[-1][0] < 4 + 10
+    saved = []
+    monkeypatch.setattr(data, "write_checkpoint", lambda state, path: saved.append(state))
+    monkeypatch.setattr(data, "write_log", lambda log, path: None)
+    answers = iter([False] * 45)
+    monkeypatch.setattr(data, "stop_requested", lambda: next(answers, True))
+    model = build(v9f)
+    with pytest.raises(KeyboardInterrupt):
+        v9f.train(model, *splits, cfg, {"folder": str(tmp_path)})
+    stopped = saved[-1]
+    assert 30 < stopped["seconds"] < 60
+    assert stopped["log"][-1]["step"] == 0  # the last loss estimate was long before
+    monkeypatch.setattr(data, "stop_requested", lambda: False)
+    stopped["path"] = ""  # as read_checkpoint adds it
+    history = v9f.train(model, *splits, cfg, {"folder": str(tmp_path)}, stopped)
+    assert 0 < history[-1][0] - stopped["step"] <= 60 - stopped["seconds"]
 
 
 def test_the_help_says_that_the_clock_is_not_reproducible(capsys):
