@@ -15,6 +15,7 @@ which is added to that of its token.
 New here: Head, position_embedding, lm_head; generate crops the context to block_size. With the GPU
           defaults, attention needs a smaller learning rate than a table does.
 Run it:   python v2_single_head.py
+Probe:    python lab/probes.py --task look_back,order
 Expect:   a validation loss of about 2.35 with the CPU defaults; bigram.py reaches 2.50.
 Diff:     git diff --no-index bigram.py v2_single_head.py
 """

@@ -9,6 +9,7 @@ outputs are as wide as its output. A linear projection then mixes what the heads
 
 New here: MultiHeadAttention, which takes the place of the single Head in the model.
 Run it:   python v3_multi_head.py
+Probe:    python lab/probes.py --task xor
 Expect:   a validation loss of about 2.10 with the CPU defaults; v2_single_head.py reaches 2.35.
 Diff:     git diff --no-index v2_single_head.py v3_multi_head.py
 """

@@ -9,6 +9,7 @@ with the same weights at every position:
 
 New here: FeedForward.
 Run it:   python v4_feedforward.py
+Probe:    python lab/probes.py --task add
 Expect:   a validation loss of about 1.83 with the CPU defaults; v3_multi_head.py reaches 2.10.
 Diff:     git diff --no-index v3_multi_head.py v4_feedforward.py
 """

@@ -20,6 +20,7 @@ CPU defaults (lab/ablation.py, three seeds); v5 itself ends at 1.68.
 
 New here: Block, n_layer, ln_f, dropout, the initialisation.
 Run it:   python v5_gpt.py
+Probe:    python lab/probes.py --task two_hops,depth
 Expect:   a validation loss of about 1.68 with the CPU defaults; v4_feedforward.py reaches 1.83.
 Diff:     git diff --no-index v4_feedforward.py v5_gpt.py
 """

@@ -16,6 +16,7 @@ context again. Llama, Mistral, Qwen and Gemma all use rotary positions.
 
 New here: rotation_angles and rotate, in place of position_embedding; the cache slides.
 Run it:   python v9b_rope.py
+Probe:    python lab/probes.py --task length
 Expect:   a validation loss of about 1.58; v9a_rmsnorm.py reaches 1.61.
 Diff:     git diff --no-index v9a_rmsnorm.py v9b_rope.py
 """
