@@ -1,0 +1,323 @@
+"""page.py: build docs/index.html, the course on one page, with models that respond to the reader.
+
+For every script, the page shows the idea, the diff to its parent, its measurements, its loss curve
+and what it writes. Models up to v5_gpt.py run in the page itself. It is one file that needs no
+network.
+
+Everything shown comes from runs of the scripts with their own defaults for a CPU. The results of
+these runs are kept in out/page/ and in the page itself, so only those scripts are trained whose
+code has changed since. --retrain trains all of them, which takes about an hour and a half on two
+cores. Part 4 needs GPT-2's tokenizer, which tiktoken downloads once.
+
+Run it:   python lab/page.py
+          python lab/page.py --retrain
+          python lab/page.py --retrain --scripts v4_feedforward,v5_gpt
+Writes:   docs/index.html
+"""
+
+import hashlib
+import html
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from string import Template
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
+
+import data
+from data import setting
+from data.flags import make_parser
+
+from lab.bench import names_in
+from lab.ladder import PARENTS, ROOT, SCRIPTS, changed_lines, read, source
+from lab.web import diffs, lessons, runs
+from lab.web.curves import loss_curve
+from lab.web.runs import LIVE, Result
+
+HERE = Path(__file__).parent / "web"
+ALL = ",".join(SCRIPTS)
+PARTS = {
+    1: ("The GPT", "From a lookup table to a GPT, one component at a time."),
+    2: ("Training for real", "The same model, trained faster and better, and safe to stop."),
+    3: ("Generating text", "How to choose the next character, and how to do it fast."),
+    4: ("GPT-2", "Its tokens, its architecture, its released weights, and its large batches."),
+    5: ("Since GPT-2", "What has changed since, and the released models of today."),
+}
+# The strip "Is this text normal?": runs from the worst to the best, and what to see in each text.
+STRIP = {
+    "v5_gpt-0": "Before training. All 65 characters are about equally likely, even $ and 3.",
+    "v5_gpt-10": "The first thing a model learns is which characters are common.",
+    "v5_gpt-30": "Letters fit the one before: capitals come in runs, colons end lines.",
+    "v5_gpt-100": "About as good as the bigram model. Short words are right now and then.",
+    "v5_gpt-300": "Short words appear, and the layout of a play: a name, a colon, a speech.",
+    "v5_gpt-1000": "Many words are English, others only sound like it.",
+    "v5_gpt": "A whole run of v5_gpt.py. Most words are English, the sentences mean nothing.",
+    "v6c_recipe": "The same model, trained with a better recipe.",
+    "v9e_muon": "Fewer invented words, and phrases that hold for a few words.",
+    "v9f_speedrun": "The lowest loss that the course reaches in the time that v5_gpt.py takes.",
+}
+
+
+@dataclass
+class Config:
+    """What to train, and where to write the page."""
+
+    scripts: str = setting("scripts to train, separated by commas", gpu=ALL, cpu=ALL)
+    data: str = setting("text to train on", gpu="shakespeare", cpu="shakespeare")
+    prompt: str = setting("text that the samples start with", gpu="ROMEO:", cpu="ROMEO:")
+    max_iters: int = setting("training steps, by default each script's own", gpu=0, cpu=0)
+    retrain: bool = setting("train even if there are results", gpu=False, cpu=False)
+    draft: bool = setting("train nothing, use the runs there are", gpu=False, cpu=False)
+    device: str = setting("always cpu, whose defaults train quickly", gpu="cpu", cpu="cpu")
+    runs: str = setting("folder for the results of runs", gpu="out/page", cpu="out/page")
+    out: str = setting("file to write", gpu="docs/index.html", cpu="docs/index.html")
+
+
+# The settings that are also the scripts' own. They only count if a flag sets them.
+SHARED = ["data", "prompt", "max_iters"]
+
+
+def part_of(script: str) -> int:
+    """The number of the part of the course that a script belongs to."""
+    return {"6": 2, "7": 3, "8": 4, "9": 5}.get(script[1], 1)
+
+
+def checksum(script: str) -> str:
+    """What the page says about the text of a script, to find out later if it has changed."""
+    return hashlib.sha256(source(script).encode()).hexdigest()[:16]
+
+
+def ideas() -> dict[str, str]:
+    """The idea of each script in a few words, from the table in README.md."""
+    row = r"^\| \[(\w+)\.py\]\(\1\.py\) \| ([^|]+) \|"
+    return dict(re.findall(row, read(ROOT / "README.md"), flags=re.MULTILINE))
+
+
+def inline_code(text: str) -> str:
+    """A cell of a Markdown table as HTML."""
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text.strip(), quote=False))
+
+
+def known_words(text: str, vocabulary: set[str]) -> float:
+    """The fraction of the words in text with three or more letters that are in vocabulary."""
+    words = words_of(text)
+    return sum(word in vocabulary for word in words) / max(1, len(words))
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text with three or more letters, in lower case."""
+    return re.findall(r"[a-z]{3,}", text.lower())
+
+
+def contents(results: dict[str, Result]) -> str:
+    """The table of contents: a row for each script, with its idea, its diff and its loss."""
+    known = ideas()
+    rows = []
+    part = 0
+    for script in SCRIPTS:
+        if part_of(script) != part:
+            part = part_of(script)
+            title, _ = PARTS[part]
+            rows.append(
+                f'<tr><th colspan="4" scope="rowgroup"><a href="#part-{part}">Part {part}: {title}'
+                "</a></th></tr>"
+            )
+        parent = PARENTS[script]
+        changed = changed_lines(parent, script) if parent else "–"
+        loss = f"{results[script].loss_per_character:.2f}" if script in results else "–"
+        rows.append(
+            f'<tr><td><a href="#{script}">{script}.py</a></td><td>{inline_code(known[script])}</td>'
+            f"<td>{changed}</td><td>{loss}</td></tr>"
+        )
+    head = "<tr><th>script</th><th>the idea</th><th>changed lines</th><th>loss</th></tr>"
+    return f"<table><thead>{head}</thead><tbody>{''.join(rows)}</tbody></table>"
+
+
+def strip(results: dict[str, Result], vocabulary: set[str]) -> str:
+    """The cards of "Is this text normal?", from the highest loss to the lowest."""
+    cards = []
+    for name, remark in STRIP.items():
+        if name not in results:
+            continue
+        run = results[name]
+        share = known_words(run.sample.removeprefix(run.settings["prompt"]), vocabulary)
+        cards.append(
+            f"<li><h3>{run.loss_per_character:.2f} <small>{run.script}.py, {run.steps:,} steps"
+            f"</small></h3><pre>{sample_of(run)}</pre><p>{remark} {share:.0%} of its words occur "
+            "in the training text.</p></li>"
+        )
+    return f'<ol class="cards">{"".join(cards)}</ol>'
+
+
+def sample_of(run: Result) -> str:
+    """What a run wrote, as HTML, with the prompt marked."""
+    prompt = run.settings["prompt"]
+    written = run.sample.removeprefix(prompt).rstrip()
+    return f"<b>{html.escape(prompt, quote=False)}</b>{html.escape(written, quote=False)}"
+
+
+def measurements(run: Result, parent: str | None) -> str:
+    """The row of measurements of a run as HTML."""
+    values = {"loss": f"{run.loss_per_character:.3f}"}
+    if run.characters_per_token > 1:
+        values["loss per token"] = f"{run.val_loss:.3f}"
+    values["parameters"] = f"{run.parameters:,}"
+    values["training steps"] = f"{run.steps:,}"
+    values["tokens per step"] = f"{run.tokens_per_step:,}"
+    if parent:
+        values["changed lines"] = str(changed_lines(parent, run.script))
+    entries = [f"<div><dt>{name}</dt><dd>{value}</dd></div>" for name, value in values.items()]
+    return f'<dl class="measured">{"".join(entries)}</dl>'
+
+
+def section(script: str, results: dict[str, Result]) -> str:
+    """Everything about a script, as HTML."""
+    parent = PARENTS[script]
+    lesson = lessons.lesson_of(script)
+    parts = [
+        f'<section class="script" id="{script}" data-source="{checksum(script)}">',
+        f"<h3><code>{script}.py</code> {html.escape(lesson.title, quote=False)}</h3>",
+    ]
+    run = results.get(script)
+    if run is not None:
+        parts.append(measurements(run, parent))
+    points = lessons.points_to_see(script, part_of(script))
+    if points:
+        points = f"<div><h4>What to look at</h4>{points}</div>"
+    parts.append(f'<div class="lesson"><div>{lesson.idea}{notes(lesson)}</div>{points}</div>')
+    is_open = " open" if script in LIVE and parent else ""
+    if parent:
+        summary = f"The diff from {parent}.py: {changed_lines(parent, script)} changed lines"
+        code = diffs.side_by_side(parent, script)
+    else:
+        summary = "The whole script"
+        code = diffs.listing(script)
+    parts.append(f'<details class="code"{is_open}><summary>{summary}</summary>{code}</details>')
+    if run is not None:
+        parts.append(outcome(run, results.get(parent)))
+    parts.append('<p class="back"><a href="#contents">Contents</a></p></section>')
+    return "\n".join(parts)
+
+
+def outcome(run: Result, parent: Result | None) -> str:
+    """The loss curve of a run and what it wrote, side by side, as HTML."""
+    caption = "Validation loss (solid) and training loss (dashed) in nats per character."
+    if run.trained_as:
+        caption += f" It trains exactly as {run.trained_as}.py, so the curve is that one's."
+    return (
+        f'<div class="outcome"><figure>{loss_curve(run, parent)}<figcaption>{caption}</figcaption>'
+        f"</figure><figure><pre>{sample_of(run)}</pre><figcaption>What it writes after "
+        f"<code>{html.escape(run.settings['prompt'], quote=False)}</code></figcaption></figure>"
+        "</div>"
+    )
+
+
+def notes(lesson: lessons.Lesson) -> str:
+    """The labelled lines of a docstring as HTML, but for the diff, which the page shows."""
+    entries = []
+    for label, text in lesson.notes.items():
+        if label == "Diff":
+            continue
+        if label in ("Run it", "Probe"):
+            body = f"<pre>{html.escape(text, quote=False)}</pre>"
+            if label == "Probe":
+                body += f"<p>{probe_links(text)}</p>"
+        else:
+            body = lessons.prose(text)
+        entries.append(f"<dt>{label}</dt><dd>{body}</dd>")
+    return f'<dl class="notes">{"".join(entries)}</dl>'
+
+
+def probe_links(command: str) -> str:
+    """Links to the results of the probes that a command runs, as HTML."""
+    tasks = re.search(r"--task ([\w,]+)", command)[1].split(",")
+    links = [f'<a href="#probe-{task}">{task}</a>' for task in tasks]
+    return f"What it shows: {', '.join(links)}"
+
+
+def course(results: dict[str, Result]) -> str:
+    """The five parts, each with its scripts and its exercises, as HTML."""
+    preface, by_part = lessons.exercises()
+    result = []
+    for part, (title, what) in PARTS.items():
+        result.append(f'<section id="part-{part}"><h2>Part {part}: {title}</h2><p>{what}</p>')
+        result += [section(script, results) for script in SCRIPTS if part_of(script) == part]
+        if part in by_part:
+            result.append(f'<section class="exercises" id="exercises-{part}">')
+            result.append(f"<h3>Exercises for part {part}</h3>")
+            if part == min(by_part):
+                result.append(preface)
+            result.append(f"{by_part[part]}</section>")
+        result.append("</section>")
+    return "\n".join(result)
+
+
+def machine(results: dict[str, Result]) -> str:
+    """On what machines the runs were made, in words."""
+    kinds = []
+    for run in results.values():
+        threads = "one thread" if run.threads == 1 else f"{run.threads} threads"
+        kinds.append(f"{run.machine}, {threads}, PyTorch {run.pytorch}")
+    return html.escape("; ".join(dict.fromkeys(kinds)), quote=False)
+
+
+def live(results: dict[str, Result], changes: dict, folder: Path, text: str) -> str:
+    """The models that respond to the reader, as HTML, or a note if they haven't been trained."""
+    if any(name not in results for name in LIVE):
+        return '<section id="live"><p>The models haven\'t been trained yet.</p></section>'
+    from lab.web.live import live_section  # here, because a draft can do without
+
+    tokenizer = data.CharTokenizer(text)
+    models = {name: runs.load_model(name, folder, changes) for name in LIVE}
+    _, val_data = data.split(tokenizer.encode(text), 64)
+    return live_section(models, tokenizer, val_data)
+
+
+def build(results: dict[str, Result], live_part: str, text: str) -> str:
+    """The whole page. text: the corpus that the scripts were trained on."""
+    vocabulary = set(words_of(text[: len(text) * 9 // 10]))
+    nav = "".join(f'<li><a href="#part-{part}">Part {part}</a></li>' for part in PARTS)
+    template = Template(read(HERE / "page.html"))
+    return template.substitute(
+        style=read(HERE / "page.css"),
+        navigation=nav,
+        contents=contents(results),
+        live=live_part,
+        strip=strip(results, vocabulary),
+        course=course(results),
+        probes=lessons.probes_section(),
+        machine=machine(results),
+        runs=runs.pack_results(list(results.values())),
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Train what is missing, and write the page. argv: the flags."""
+    with data.command_line():
+        cfg = data.read_flags(Config, __doc__, argv, saved={"device": "cpu"}, fixed=["device"])
+        scripts = names_in("scripts", cfg.scripts, SCRIPTS)
+        given = vars(make_parser(Config, "").parse_args(argv))
+        changes = {name: given[name] for name in SHARED if name in given}
+        text = data.load_text(cfg.data)
+        data.CharTokenizer(text).encode(cfg.prompt)  # refuse a prompt that can't occur
+        folder, out = ROOT / cfg.runs, ROOT / cfg.out
+        if out.exists() and not cfg.retrain:
+            runs.unpack_page(read(out), folder)
+        if not cfg.draft:
+            runs.run_all(scripts, changes, folder, cfg.retrain)
+        jobs = runs.jobs_for(SCRIPTS, changes)
+        results = {job.name: runs.load_result(job, folder) for job in jobs}
+        missing = [name for name, result in results.items() if result is None]
+        if missing and not cfg.draft:
+            print(f"notice: no page yet, not trained: {', '.join(missing)}", file=sys.stderr)
+            return
+        results = {name: result for name, result in results.items() if result is not None}
+        page = build(results, live(results, changes, folder, text), text)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(page, encoding="utf-8", newline="\n")
+        print(f"wrote {cfg.out}, {len(page.encode()) / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

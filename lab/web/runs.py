@@ -1,0 +1,353 @@
+"""runs.py: train the scripts for the page, each in a process of its own, and keep their results.
+
+A run is the one that the script's own command makes on a CPU, with the prompt "ROMEO:". Its results
+are kept in out/page/, so a second build of the page doesn't train again. A run is repeated when the
+script or its settings change; changes in its docstring don't count.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import importlib
+import json
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the scripts are up there
+
+import data
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from lab.evaluate import whole_loss
+from lab.ladder import ROOT, SCRIPTS, source, split_docstring
+
+# The models that the page brings to life.
+LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
+# These scripts train exactly as another one, so they get its weights instead of training again.
+# tests/test_page.py shows that they do.
+SAME_TRAINING = {
+    "v6d_checkpoints": "v6c_recipe",
+    "v7a_sampling": "v6c_recipe",
+    "v7b_kv_cache": "v6c_recipe",
+    "v8c_pretrained": "v8b_gpt2",
+    "v9g_llama": "v9d_gqa",
+    "v9h_tokenizer": "v9d_gqa",
+    "v9i_pretrained": "v9d_gqa",
+}
+WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
+SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
+SAMPLE_LENGTH = 300  # characters
+# v9f by the clock isn't reproducible. These are the sizes of --minutes 1.9 and the steps that such
+# a run took (docs/part5.md). More loss estimates don't change it, they only make a finer curve.
+SPEEDRUN = {"minutes": 1.9, "max_iters": 2573, "eval_interval": 400}
+
+
+@dataclass
+class Job:
+    """A run to make: its name, the script to train, and settings in place of the defaults."""
+
+    name: str
+    script: str
+    settings: dict[str, Any]
+
+
+@dataclass
+class Result:
+    """What a run showed. Losses are in nats per token, seconds include the loss estimates.
+
+    trained_as: the script whose training this is, if it isn't the run's own.
+    """
+
+    name: str
+    script: str
+    fingerprint: str
+    settings: dict[str, Any]
+    parameters: int
+    history: list[tuple[int, float, float]]
+    val_loss: float
+    characters_per_token: float
+    tokens_per_step: int
+    seconds: float
+    sample: str
+    machine: str
+    threads: int
+    pytorch: str
+    trained_as: str = ""
+
+    @property
+    def loss_per_character(self) -> float:
+        """The loss on the whole validation split in nats per character."""
+        return self.val_loss / self.characters_per_token
+
+    @property
+    def steps(self) -> int:
+        """The number of training steps."""
+        return self.history[-1][0]
+
+
+def jobs_for(scripts: list[str], changes: dict[str, Any]) -> list[Job]:
+    """The runs that the page needs of the scripts; changes: settings for all of them."""
+    jobs = []
+    for script in scripts:
+        settings = {"seed": 1337, "prompt": "ROMEO:"}
+        if script == "v9f_speedrun":
+            settings.update(importlib.import_module(script).SHORT, **SPEEDRUN)
+        jobs.append(Job(script, script, {**settings, **changes}))
+        if script == "v5_gpt":
+            for steps in SNAPSHOTS:
+                snapshot = {**settings, **changes, "max_iters": steps}
+                jobs.append(Job(f"{script}-{steps}", script, snapshot))
+    return jobs
+
+
+def training_of(job: Job) -> Job | None:
+    """The job whose weights this one gets, or None if it trains itself."""
+    if job.script not in SAME_TRAINING:
+        return None
+    other = SAME_TRAINING[job.script]
+    return Job(other, other, job.settings)
+
+
+def fingerprint(job: Job) -> str:
+    """A checksum of what a run depends on: the script's code and its settings."""
+    _, code = split_docstring(job.script, source(job.script))
+    settings = json.dumps(job.settings, sort_keys=True)
+    parts = f"{code}\n{settings}"
+    training = training_of(job)
+    if training is not None:
+        parts += fingerprint(training)
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def load_result(job: Job, folder: Path) -> Result | None:
+    """The results of an earlier run in folder, or None if there are none of this code."""
+    try:
+        values = json.loads((folder / f"{job.name}.json").read_text(encoding="utf-8"))
+        result = Result(**values)
+    except (OSError, ValueError, TypeError):  # not there, not JSON, written by another version
+        return None
+    if result.fingerprint != fingerprint(job):
+        return None
+    if job.name in LIVE and not (folder / f"{job.name}.pt").exists():
+        return None
+    return result
+
+
+def save_result(result: Result, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """Write the results of a run, and the weights if the page needs them, to folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if result.name in WITH_WEIGHTS:
+        torch.save(weights, folder / f"{result.name}.pt")
+    # The results come last and appear all at once, so an interrupted run leaves none.
+    unfinished = folder / f"{result.name}.unfinished"
+    text = json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False)
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(folder / f"{result.name}.json")
+
+
+def pack_results(results: list[Result]) -> str:
+    """The results as JSON that is safe inside a <script> element."""
+    values = [dataclasses.asdict(result) for result in results]
+    return json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
+
+
+def unpack_page(page: str, folder: Path) -> None:
+    """Write the runs that a page was built from to folder, unless they are there.
+
+    page: the text of the page, which has their results and, rounded to float16, their weights.
+    """
+    packed, weights = json_in(page, "runs"), json_in(page, "live-weights")
+    if packed is None or weights is None:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for values in packed:
+        name = values["name"]
+        path = folder / f"{name}.json"
+        if path.exists():
+            continue
+        if name in LIVE:
+            state = {}
+            for key, tensor in weights["models"][name].items():
+                numbers = np.frombuffer(base64.b64decode(tensor["float16"]), dtype="<f2")
+                state[key] = torch.tensor(numbers.astype(np.float32)).view(tensor["shape"])
+            torch.save(state, folder / f"{name}.pt")
+        path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+
+
+def json_in(page: str, element: str) -> Any:
+    """The content of the JSON <script> element with this id, or None if the page lacks it."""
+    found = re.search(rf'<script type="application/json" id="{element}">(.*?)</script>', page)
+    return json.loads(found[1]) if found else None
+
+
+def load_config(job: Job) -> Any:
+    """The script's Config with its defaults for a CPU and the settings of the job."""
+    script = importlib.import_module(job.script)
+    return data.read_flags(script.Config, "", ["--device", "cpu"], saved=job.settings)
+
+
+def load_corpus(script: Any, cfg: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The tokenizer of a script, and the tokens for training and for validation."""
+    if hasattr(script, "BPETokenizer") and data.choose_tokenizer(cfg.tokenizer) == "gpt2":
+        tokenizer = script.BPETokenizer()
+        train_data, val_data = data.load_splits(cfg, tokenizer, "")
+        return tokenizer, train_data, val_data
+    text = data.load_text(cfg.data)
+    tokenizer = data.CharTokenizer(text)
+    train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
+    return tokenizer, train_data, val_data
+
+
+def load_model(name: str, folder: Path, changes: dict[str, Any]) -> nn.Module:
+    """One of the models in LIVE with the weights in folder, in eval mode."""
+    [job] = [job for job in jobs_for([name], changes) if job.name == name]
+    cfg = load_config(job)
+    script = importlib.import_module(name)
+    weights = torch.load(folder / f"{name}.pt", weights_only=True)
+    vocab_size = len(weights["token_embedding.weight"])
+    model = script.LanguageModel(cfg, vocab_size)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def train_job(job: Job, folder: Path) -> tuple[Result, dict[str, torch.Tensor]]:
+    """Train a script as its own main() does, sample from the model, and measure its loss.
+
+    folder: where the weights are if the script trains exactly as another one.
+    Returns what it showed, and the weights.
+    """
+    script = importlib.import_module(job.script)
+    cfg = load_config(job)
+    tokenizer, train_data, val_data = load_corpus(script, cfg)
+    prompt = torch.tensor([tokenizer.encode(cfg.prompt)])  # (1, T)
+    val_tokens = val_data[np.arange(len(val_data))]  # (n,), also if val_data is a TokenFile
+    token_length = len(tokenizer.decode(val_tokens.tolist())) / len(val_tokens)
+
+    torch.manual_seed(cfg.seed)
+    model = script.LanguageModel(cfg, tokenizer.n_vocab)
+    training = training_of(job)
+    if training is None:
+        start = time.perf_counter()
+        history = script.train(model, train_data, val_data, cfg)
+        seconds = time.perf_counter() - start
+    else:
+        made = load_result(training, folder)
+        history, seconds = made.history, made.seconds
+        model.load_state_dict(torch.load(folder / f"{training.name}.pt", weights_only=True))
+
+    model.eval()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    val_loss = whole_loss(model, val_data, cfg)
+    if hasattr(cfg, "sample_only"):  # from v6d on, main() does this before it samples
+        torch.manual_seed(cfg.seed)
+    if SCRIPTS.index(job.script) >= SCRIPTS.index("v7b_kv_cache"):  # and this, too
+        model.to(script.choose_dtype(cfg))
+    n_tokens = round(SAMPLE_LENGTH / token_length)
+    sample = model.generate(prompt, n_tokens)  # (1, T + n_tokens)
+    result = Result(
+        name=job.name,
+        script=job.script,
+        fingerprint=fingerprint(job),
+        settings=job.settings,
+        parameters=sum(p.numel() for p in model.parameters()),
+        history=history,
+        val_loss=val_loss,
+        characters_per_token=token_length,
+        tokens_per_step=cfg.batch_size * cfg.block_size * getattr(cfg, "grad_accum_steps", 1),
+        seconds=seconds,
+        sample=tokenizer.decode(sample[0].tolist()),
+        machine=machine_name(),
+        threads=torch.get_num_threads(),
+        pytorch=torch.__version__,
+        trained_as=training.name if training is not None else "",
+    )
+    return result, weights
+
+
+def machine_name() -> str:
+    """The name of the processor, as far as the system tells."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        if key.strip() == "model name":
+            return value.strip()
+    return platform.processor() or platform.machine()
+
+
+def run_all(
+    scripts: list[str], changes: dict[str, Any], folder: Path, retrain: bool = False
+) -> dict[str, Result]:
+    """The results of all runs of the scripts, by name; trains those that folder lacks.
+
+    retrain: train all of them.
+    """
+    jobs = jobs_for(scripts, changes)
+    missing = [job for job in jobs if retrain or load_result(job, folder) is None]
+    missing = with_trainings(missing, folder)
+    for job in missing:
+        load_config(job)  # finds mistakes in the settings before anything is trained
+    if missing:
+        with tqdm(total=len(missing), desc="runs") as bar:
+            for job in missing:
+                bar.set_postfix_str(job.name)
+                run_in_process(job, folder)
+                bar.update()
+    return {job.name: load_result(job, folder) for job in jobs}
+
+
+def with_trainings(jobs: list[Job], folder: Path) -> list[Job]:
+    """The jobs, and before each one the job whose weights it gets if folder lacks them."""
+    result = []
+    for job in jobs:
+        training = training_of(job)
+        if training is not None and training not in result:
+            has_weights = (folder / f"{training.name}.pt").exists()
+            if load_result(training, folder) is None or not has_weights:
+                result.append(training)
+        if job not in result:
+            result.append(job)
+    return result
+
+
+def run_in_process(job: Job, folder: Path) -> None:
+    """Train in a new process, since some scripts change settings of the whole process.
+
+    Exits with the status of that process if it fails; it has already said why.
+    """
+    description = json.dumps(dataclasses.asdict(job))
+    command = [sys.executable, __file__, description, str(folder.resolve())]
+    # Its progress bar belongs below the one of all runs, and leaves nothing behind.
+    environment = {**os.environ, "TQDM_POSITION": "1", "TQDM_LEAVE": "0"}
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
+    if done.returncode < 0:
+        why = "its process was killed, probably for lack of memory"
+        raise data.InputError(f"{job.name}: {why}; close other programs and run this again")
+    if done.returncode > 0:
+        sys.exit(done.returncode)
+
+
+def main(argv: list[str]) -> None:
+    """Make one run. argv: the job as JSON, and the folder for its results."""
+    with data.command_line():
+        description, folder = argv
+        job = Job(**json.loads(description))
+        result, weights = train_job(job, Path(folder))
+        save_result(result, weights, Path(folder))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
