@@ -121,9 +121,10 @@ def test_a_run_is_kept_until_the_script_changes(tmp_path, monkeypatch):
     assert runs.run_all(["bigram"], changes, folder)["bigram"] == first
     assert trained == []
     code = source("bigram")
-    monkeypatch.setattr(runs, "source", lambda script: code.replace("a lookup table", "a table"))
+    talk = code.replace("a lookup table", "a table").replace("  # (B, T)", "  # (batch, time)")
+    monkeypatch.setattr(runs, "source", lambda script: talk)
     runs.run_all(["bigram"], changes, folder)
-    assert trained == []  # only the docstring has changed
+    assert trained == []  # only the docstring and comments have changed
     monkeypatch.setattr(runs, "source", lambda script: code + "\nx = 1\n")
     runs.run_all(["bigram"], changes, folder)
     assert trained == ["bigram"]

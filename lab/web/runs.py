@@ -2,7 +2,7 @@
 
 A run is the one that the script's own command makes on a CPU, with the prompt "ROMEO:". Its results
 are kept in out/page/, so a second build of the page doesn't train again. A run is repeated when the
-script or its settings change; changes in its docstring don't count.
+script or its settings change; changes in its docstring and its comments don't count.
 """
 
 import base64
@@ -121,13 +121,16 @@ def training_of(job: Job) -> Job | None:
 
 def fingerprint(job: Job) -> str:
     """A checksum of what a run depends on: the script's code and its settings."""
-    _, code = split_docstring(job.script, source(job.script))
     settings = json.dumps(job.settings, sort_keys=True)
-    parts = f"{code}\n{settings}"
-    training = training_of(job)
-    if training is not None:
-        parts += fingerprint(training)
-    return hashlib.sha256(parts.encode()).hexdigest()
+    return hashlib.sha256(f"{code_of(job.script)}\n{settings}".encode()).hexdigest()
+
+
+def code_of(script: str) -> str:
+    """The code of a script without its docstring, its comments and its empty lines."""
+    _, code = split_docstring(script, source(script))
+    # A comment is alone in its line or two spaces away from the code.
+    lines = [re.sub(r"(^|  )\s*#.*$", "", line) for line in code.splitlines()]
+    return "\n".join(line for line in lines if line.strip())
 
 
 def load_result(job: Job, folder: Path) -> Result | None:
