@@ -122,7 +122,11 @@ def training_of(job: Job) -> Job | None:
 def fingerprint(job: Job) -> str:
     """A checksum of what a run depends on: the script's code and its settings."""
     settings = json.dumps(job.settings, sort_keys=True)
-    return hashlib.sha256(f"{code_of(job.script)}\n{settings}".encode()).hexdigest()
+    parts = f"{code_of(job.script)}\n{settings}"
+    training = training_of(job)
+    if training is not None:
+        parts += fingerprint(training)
+    return hashlib.sha256(parts.encode()).hexdigest()
 
 
 def code_of(script: str) -> str:
