@@ -12,7 +12,7 @@ cores. Part 4 needs GPT-2's tokenizer, which tiktoken downloads once.
 Run it:   python lab/page.py
           python lab/page.py --retrain
           python lab/page.py --retrain --scripts v4_feedforward,v5_gpt
-Writes:   docs/index.html
+Writes:   docs/index.html, and the curves of all scripts in one picture, docs/losses.png
 """
 
 import hashlib
@@ -30,10 +30,11 @@ from data import setting
 from data.flags import make_parser
 
 from lab.bench import names_in
+from lab.compare import draw
 from lab.ladder import PARENTS, ROOT, SCRIPTS, changed_lines, read, source
 from lab.web import diffs, lessons, runs
 from lab.web.curves import loss_curve
-from lab.web.runs import LIVE, Result
+from lab.web.runs import LIVE, SAME_TRAINING, Result
 
 HERE = Path(__file__).parent / "web"
 ALL = ",".join(SCRIPTS)
@@ -57,6 +58,9 @@ STRIP = {
     "v9e_muon": "Fewer invented words, and phrases that hold for a few words.",
     "v9f_speedrun": "The lowest loss that the course reaches in the time that v5_gpt.py takes.",
 }
+# Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
+# part 4 is per token of several characters.
+NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8a_bpe", "v8b_gpt2", "v8d_distributed"]
 
 
 @dataclass
@@ -292,6 +296,16 @@ def build(results: dict[str, Result], live_part: str, text: str) -> str:
     )
 
 
+def draw_losses(results: dict[str, Result], path: Path) -> None:
+    """Draw the loss curves of all scripts that differ in their training, in one picture."""
+    histories = {}
+    for script in SCRIPTS:
+        if script in results and script not in SAME_TRAINING and script not in NOT_DRAWN:
+            run = results[script]
+            histories[f"{script}  {run.val_loss:.2f}"] = run.history
+    draw(histories, path, "validation loss (whole split)")
+
+
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, and write the page. argv: the flags."""
     with data.command_line():
@@ -316,6 +330,7 @@ def main(argv: list[str] | None = None) -> None:
         page = build(results, live(results, changes, folder, text), text)
         out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(page, encoding="utf-8", newline="\n")
+        draw_losses(results, out.with_name("losses.png"))
         print(f"wrote {cfg.out}, {len(page.encode()) / 1e6:.1f} MB")
 
 
