@@ -7,8 +7,8 @@ import shlex
 import data
 
 import pytest
-
 from conftest import tiny_flags
+
 from lab.ladder import ROOT, SCRIPTS, source
 
 TEXT = (ROOT / "lab" / "web" / "exercises.md").read_text(encoding="utf-8")
