@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import shlex
+import sys
 
 import data
 
@@ -80,7 +81,7 @@ def test_every_fence_is_a_change_a_command_or_text():
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
-def test_changes_fit_their_scripts_and_run(change, corpus, tmp_path):
+def test_changes_fit_their_scripts_and_run(change, corpus, tmp_path, monkeypatch):
     script, old, new = change
     assert script in SCRIPTS
     assert old.strip()
@@ -89,6 +90,7 @@ def test_changes_fit_their_scripts_and_run(change, corpus, tmp_path):
     path.write_text(source(script).replace(old, new), encoding="utf-8")
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)  # where data looks for the script's name
     spec.loader.exec_module(module)
     module.main(tiny_flags(module, data=corpus, prompt="The"))
 
