@@ -1,0 +1,104 @@
+"""lab/web/exercises.md: its form, the lines that it says to change, and its commands."""
+
+import importlib.util
+import re
+import shlex
+import sys
+
+import data
+
+import pytest
+from conftest import tiny_flags
+
+from lab.ladder import ROOT, SCRIPTS, source
+
+TEXT = (ROOT / "lab" / "web" / "exercises.md").read_text(encoding="utf-8")
+FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SCRIPT = re.compile(r"`(\w+)\.py`")
+
+
+def exercises() -> dict[str, dict[str, str]]:
+    """The text below each ###, by the title of its part and its own."""
+    parts = {}
+    for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)[1:]:
+        part_title, _, body = part.partition("\n")
+        sections = re.split(r"^### ", body, flags=re.MULTILINE)[1:]
+        parts[part_title] = {}
+        for section in sections:
+            title, _, text = section.partition("\n")
+            parts[part_title][title] = text
+    return parts
+
+
+def changes() -> list[tuple[str, str, str]]:
+    """For each diff: the script that the text before it names last, and the lines - and +."""
+    found = []
+    for fence in FENCE.finditer(TEXT):
+        if fence[1] != "diff":
+            continue
+        script = SCRIPT.findall(TEXT, 0, fence.start())[-1]
+        lines = fence[2].splitlines(keepends=True)
+        assert all(line[0] in "-+" for line in lines), fence[2]
+        old = "".join(line[1:] for line in lines if line.startswith("-"))
+        new = "".join(line[1:] for line in lines if line.startswith("+"))
+        found.append((script, old, new))
+    return found
+
+
+def commands() -> list[str]:
+    """Every line of the sh fences."""
+    lines = []
+    for fence in FENCE.finditer(TEXT):
+        if fence[1] == "sh":
+            lines += fence[2].splitlines()
+    return lines
+
+
+CHANGES = changes()
+EXERCISES = exercises()
+
+
+def test_each_part_has_three_to_five_exercises():
+    assert [title.partition(":")[0] for title in EXERCISES] == [f"Part {n}" for n in range(1, 6)]
+    for part in EXERCISES.values():
+        assert 3 <= len(part) <= 5
+
+
+def test_each_exercise_asks_before_it_answers():
+    for part in EXERCISES.values():
+        for title, text in part.items():
+            question, line, answer = text.partition("\nAnswer:\n")
+            assert line, title
+            assert "?" in question, title
+            assert FENCE.search(question), title
+            assert re.search(r"\d", answer), title
+            assert "\nAnswer:" not in answer, title
+
+
+def test_every_fence_is_a_change_a_command_or_text():
+    assert TEXT.count("```") == 2 * len(FENCE.findall(TEXT))
+    assert {kind for kind, _ in FENCE.findall(TEXT)} <= {"diff", "sh", "text"}
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=range(len(CHANGES)))
+def test_changes_fit_their_scripts_and_run(change, corpus, tmp_path, monkeypatch):
+    script, old, new = change
+    assert script in SCRIPTS
+    assert old.strip()
+    assert source(script).count(old) == 1, f"{script}.py doesn't have exactly one of:\n{old}"
+    path = tmp_path / f"{script}_changed.py"
+    path.write_text(source(script).replace(old, new), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, path.stem, module)  # where data looks for the script's name
+    spec.loader.exec_module(module)
+    module.main(tiny_flags(module, data=corpus, prompt="The"))
+
+
+@pytest.mark.parametrize("command", sorted(set(commands())))
+def test_commands_have_flags_that_exist(command):
+    python, name, *flags = shlex.split(command)
+    assert python == "python"
+    assert name.removesuffix(".py") in SCRIPTS
+    program = importlib.import_module(name.removesuffix(".py"))
+    data.read_flags(program.Config, "", ["--device", "cpu", *flags])
