@@ -76,9 +76,15 @@ def shared_page(browser):
 @pytest.fixture
 def page(shared_page):
     """The page in its initial state; opening it anew for each test would take longer."""
-    shared_page.locator("#live-temperature").fill("1")
-    prompt = shared_page.locator("#live-prompt")
-    prompt.fill(prompt.evaluate("field => field.defaultValue"))
+    shared_page.evaluate(
+        """() => {
+            for (const id of ["live-temperature", "live-prompt"]) {
+                const field = document.getElementById(id);
+                field.value = field.defaultValue;
+                field.dispatchEvent(new Event("input"));
+            }
+        }"""
+    )
     return shared_page
 
 
@@ -117,15 +123,19 @@ def logits_of(model, packed, text: str) -> torch.Tensor:
     return logits[0]
 
 
-def bars(page, name: str) -> tuple[list[str], list[float]]:
-    """The characters and the probabilities of a panel's bars."""
-    found = page.locator(f'[data-model="{name}"] .live-bar').evaluate_all(
-        """rows => rows.map((row) => [
-            row.querySelector(".live-symbol").textContent,
-            parseFloat(row.querySelector(".live-fill").style.width) / 100,
+def bars(page) -> dict[str, tuple[list[str], list[float]]]:
+    """For each model, the characters and the probabilities of its bars."""
+    found = page.locator(".live-answers > [data-model]").evaluate_all(
+        """columns => columns.map((column) => [
+            column.dataset.model,
+            [...column.querySelectorAll(".live-symbol")].map((node) => node.textContent),
+            [...column.querySelectorAll(".live-fill")].map((node) => node.style.width),
         ])"""
     )
-    return [character for character, _ in found], [width for _, width in found]
+    return {
+        name: (symbols, [float(width.removesuffix("%")) / 100 for width in widths])
+        for name, symbols, widths in found
+    }
 
 
 def focused(page) -> str:
@@ -153,11 +163,15 @@ def test_a_long_prompt_is_among_the_ten(packed):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_equal_those_of_pytorch(page, models, packed, name):
+def test_logits_equal_those_of_pytorch(shared_page, models, packed, name):
     for prompt in PROMPTS:
-        found = torch.tensor(page.evaluate("args => course.logits(...args)", [name, prompt]))
+        # As text: Playwright is slow to bring over many numbers.
+        text = shared_page.evaluate(
+            "args => JSON.stringify(course.logits(...args))", [name, prompt]
+        )
+        logits = torch.tensor(json.loads(text))  # (T, V)
         expected = logits_of(models[name], packed, prompt)  # (T, V)
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)
 
 
 # ---- What the learner sees without a click
@@ -165,20 +179,22 @@ def test_logits_equal_those_of_pytorch(page, models, packed, name):
 
 def test_all_panels_respond_at_once(page, models, packed):
     prompt = page.locator("#live-prompt").input_value()
-    for name in MODELS:
-        characters, widths = bars(page, name)
+    found = bars(page)
+    assert list(found) == MODELS
+    for name, (characters, widths) in found.items():
         probabilities = F.softmax(logits_of(models[name], packed, prompt)[-1], dim=-1)  # (V,)
         expected = probabilities.topk(10)
         assert widths == pytest.approx(expected.values.tolist(), abs=1e-4)
         symbols = [packed["characters"][i] for i in expected.indices.tolist()]
         assert characters == [{" ": "␣", "\n": "↵"}.get(c, c) for c in symbols]
-        panel = page.locator(f'[data-model="{name}"]')
-        assert re.search(r"\d\.\d\d", panel.locator(".live-look").inner_text())
+        panel = page.locator(f'.live-panel[data-model="{name}"]')
+        assert re.search(r"\d\.\d\d", panel.locator(".live-look").text_content())
         mean = F.cross_entropy(
             logits_of(models[name], packed, prompt)[:-1],
             torch.tensor([packed["characters"].index(c) for c in prompt[1:]]),
         ).item()
-        shown = re.search(r"[\d.]+", panel.locator(".live-mean").inner_text())
+        answer = page.locator(f'.live-answers [data-model="{name}"]')
+        shown = re.search(r"[\d.]+", answer.locator(".live-mean").inner_text())
         assert float(shown[0]) == pytest.approx(mean, abs=0.006)
 
 
@@ -189,12 +205,13 @@ def test_all_panels_respond_at_once(page, models, packed):
 )
 def test_each_head_has_a_map_that_sees_no_future(page, name, n_maps):
     maps = page.locator(f'[data-model="{name}"] canvas').evaluate_all(
-        """canvases => canvases.map((canvas) => {
+        """canvases => JSON.stringify(canvases.map((canvas) => {
             const T = canvas.width;
             const pixels = canvas.getContext("2d").getImageData(0, 0, T, T).data;
             return Array.from({ length: T * T }, (_, i) => pixels[4 * i + 3]);
-        })"""
+        }))"""
     )
+    maps = json.loads(maps)
     assert len(maps) == n_maps
     T = len(page.locator("#live-prompt").input_value())
     for pixels in maps:
@@ -210,8 +227,7 @@ def test_answers_are_right_after_each_edit(page, models, packed):
     prompts += [PROMPTS[-1], PROMPTS[-1] + "x", "T"]
     for prompt in prompts:
         page.locator("#live-prompt").fill(prompt)
-        for name in MODELS:
-            _, widths = bars(page, name)
+        for name, (_, widths) in bars(page).items():
             logits = logits_of(models[name], packed, prompt)[-1]  # (V,)
             expected = F.softmax(logits, dim=-1).topk(10).values
             assert widths == pytest.approx(expected.tolist(), abs=1e-4)
@@ -223,8 +239,7 @@ def test_answers_are_right_after_each_edit(page, models, packed):
 def test_the_slider_divides_the_logits(page, models, packed):
     prompt = page.locator("#live-prompt").input_value()
     page.locator("#live-temperature").fill("0.5")
-    for name in MODELS:
-        _, widths = bars(page, name)
+    for name, (_, widths) in bars(page).items():
         logits = logits_of(models[name], packed, prompt)[-1]  # (V,)
         expected = F.softmax(logits / 0.5, dim=-1).topk(10).values
         assert widths == pytest.approx(expected.tolist(), abs=1e-4)
@@ -233,11 +248,11 @@ def test_the_slider_divides_the_logits(page, models, packed):
 @pytest.mark.parametrize("character", ["€", "é", "𝄞"])
 def test_an_unknown_character_gets_a_message(page, character):
     message = page.locator("#live-message")
-    before = page.locator(".live-panel").evaluate_all("panels => panels.map((p) => p.innerHTML)")
+    before = page.locator("[data-model]").evaluate_all("nodes => nodes.map((n) => n.innerHTML)")
     page.locator("#live-prompt").fill(f"ROMEO:{character}")
     assert f"‘{character}’" in message.inner_text()
     assert page.locator("#live-prompt").get_attribute("aria-invalid") == "true"
-    after = page.locator(".live-panel").evaluate_all("panels => panels.map((p) => p.innerHTML)")
+    after = page.locator("[data-model]").evaluate_all("nodes => nodes.map((n) => n.innerHTML)")
     assert after == before
     page.locator("#live-prompt").fill("ROMEO:")
     assert message.inner_text() == ""
@@ -246,7 +261,7 @@ def test_an_unknown_character_gets_a_message(page, character):
 def test_an_empty_prompt_gets_a_message(page):
     page.locator("#live-prompt").fill("")
     assert "at least one character" in page.locator("#live-message").inner_text()
-    assert len(bars(page, "v5_gpt")[0]) == 10
+    assert len(bars(page)["v5_gpt"][0]) == 10
 
 
 def test_a_long_prompt_is_cut_and_the_page_says_so(page, packed):
@@ -273,12 +288,12 @@ def test_a_model_continues_the_text_until_it_is_stopped(page):
 
 
 def test_the_pointer_chooses_a_character(page):
-    panel = page.locator('[data-model="v5_gpt"]')
+    panel = page.locator('.live-panel[data-model="v5_gpt"]')
     panel.locator("[data-strip=attention] .live-cell").nth(4).hover()
     assert panel.locator("[data-strip=attention] .live-chosen").inner_text() == "O"
     assert "‘O’" in panel.locator("[data-strip=attention] + .live-readout").inner_text()
     # The surprise is that of the same character, in all panels.
-    bigram = page.locator('[data-model="bigram"] .live-readout').inner_text()
+    bigram = page.locator('[data-model="bigram"] .live-readout').text_content()
     assert bigram.startswith("‘O’ had probability")
 
 
@@ -291,13 +306,13 @@ def test_the_controls_work_by_keyboard(page):
     page.keyboard.press("Control+End")
     page.keyboard.type("n")
     text = prompt.input_value()
-    assert page.locator('[data-model="bigram"] .live-chosen').inner_text() == "n"
+    assert page.locator('[data-model="bigram"] .live-chosen').text_content() == "n"
     page.keyboard.press("Tab")
     assert focused(page) == "live-temperature"
-    before = bars(page, "v5_gpt")
+    before = bars(page)
     page.keyboard.press("ArrowLeft")
     assert page.locator("#live-temperature-value").inner_text() == "0.95"
-    assert bars(page, "v5_gpt") != before
+    assert bars(page) != before
     page.keyboard.press("Tab")
     assert focused(page) == "live-writer"
     page.keyboard.press("Tab")
@@ -310,7 +325,7 @@ def test_the_controls_work_by_keyboard(page):
 
 
 def test_characters_and_heads_are_chosen_by_keyboard(page):
-    panel = page.locator('[data-model="v4_feedforward"]')
+    panel = page.locator('.live-panel[data-model="v4_feedforward"]')
     strip = panel.locator("[data-strip=surprise]")
     strip.focus()
     page.keyboard.press("Home")
@@ -340,11 +355,30 @@ def test_the_focus_can_be_seen(page):
 # ---- The page as a whole
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_does_not_scroll_sideways(browser, scheme):
-    page = open_page(browser, viewport={"width": 390, "height": 800}, color_scheme=scheme)
+@pytest.mark.parametrize(("width", "in_a_row"), [(1280, 5), (390, 2)])
+def test_the_answers_stand_side_by_side(page, width, in_a_row):
+    page.set_viewport_size({"width": width, "height": 900})
+    tops = page.locator(".live-answers > [data-model]").evaluate_all(
+        "columns => columns.map((column) => column.getBoundingClientRect().top)"
+    )
+    page.set_viewport_size({"width": 1280, "height": 900})
+    assert len(tops) == len(MODELS)
+    assert tops.count(tops[0]) == in_a_row
+
+
+def test_the_name_above_the_bars_leads_to_the_panel(page):
+    page.locator('.live-answers a[href="#live-v4_feedforward"]').click()
+    title = page.locator("#live-v4_feedforward").bounding_box()
+    controls = page.locator(".live-controls").bounding_box()
+    assert controls["y"] + controls["height"] <= title["y"] < 900  # they don't cover it
+
+
+def test_a_phone_does_not_scroll_sideways(browser):
+    page = open_page(browser, viewport={"width": 390, "height": 800})
     page.evaluate("document.querySelectorAll('details').forEach((node) => { node.open = true; })")
-    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    for scheme in ["light", "dark"]:
+        page.emulate_media(color_scheme=scheme)
+        assert page.evaluate("document.documentElement.scrollWidth") == 390
     assert page.complaints == []
     page.context.close()
 

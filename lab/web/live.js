@@ -31,18 +31,20 @@ const slider = document.getElementById("live-temperature");
 const sliderValue = document.getElementById("live-temperature-value");
 const writer = document.getElementById("live-writer");
 const writeButton = document.getElementById("live-write");
+const columns = [...document.querySelectorAll(".live-answers > [data-model]")];
 const panels = [...document.querySelectorAll(".live-panel")];
 
 let ink = readInk();
 
 // ---- Computing
 
-// The logits, a Matrix (T, V), and the attention weights of each head, where maps[h][i][j] says how
-// much position i attends to position j.
+// The logits, a Matrix (T, V), the surprise of each character, (T), and the attention weights of
+// each head, where maps[h][i][j] says how much position i attends to position j.
 function answer(name, idx, cache) {
   const logits = computeLogits(name, models[name], idx, cache);
+  const surprises = idx.map((_, t) => surprise(logits, idx, t));
   const maps = [...cache.heads.values()].map((kept) => kept.weights);
-  return { logits, maps };
+  return { logits, surprises, maps };
 }
 
 // The text as a list of characters; a character outside the basic plane counts as one.
@@ -55,14 +57,21 @@ function encode(text) {
   return split(text).map((character) => ids.get(character));
 }
 
-// The probabilities (V) of the character after position t. They don't depend on the slider.
-function predict({ logits }, t, temperature = 1) {
-  return softmax(logits.row(t), temperature);
+// -ln p of the character at position t, in nats. Nothing precedes the first one, so it has none.
+function surprise(logits, idx, t) {
+  return t === 0 ? null : -Math.log(softmax(logits.row(t - 1))[idx[t]]);
 }
 
-// -ln p of the character at position t, in nats. Nothing precedes the first one, so it has none.
-function surprise(given, idx, t) {
-  return t === 0 ? null : -Math.log(predict(given, t - 1)[idx[t]]);
+// The mean surprise as text; a prompt of one character has none.
+function meanSurprise([, ...surprises]) {
+  if (surprises.length === 0) return "–";
+  const total = surprises.reduce((sum, nats) => sum + nats, 0);
+  return `${(total / surprises.length).toFixed(2)} nats`;
+}
+
+// The probabilities (V) of the character after the prompt.
+function predictNext({ logits }) {
+  return softmax(logits.row(logits.rows - 1), state.temperature);
 }
 
 // Token ids with the largest values first.
@@ -90,7 +99,7 @@ function element(tag, className, text = "") {
 }
 
 // The empty rows for the likeliest next characters.
-function makeBars(panel) {
+function makeBars(column) {
   for (let i = 0; i < N_BARS; i++) {
     const row = element("li", "live-bar");
     const label = element("span", "live-symbol");
@@ -98,15 +107,17 @@ function makeBars(panel) {
     const track = element("span", "live-track");
     track.append(element("span", "live-fill"));
     row.append(label, track, element("span", "live-number"));
-    panel.querySelector(".live-bars").append(row);
+    column.querySelector(".live-bars").append(row);
   }
 }
 
 // The likeliest next characters. The width of a bar is the probability itself.
-function drawBars(panel, given) {
-  const probabilities = predict(given, given.logits.rows - 1, state.temperature); // (V)
+function drawBars(column, given) {
+  const mean = meanSurprise(given.surprises);
+  column.querySelector(".live-mean").textContent = `mean surprise ${mean}`;
+  const probabilities = predictNext(given); // (V)
   const likeliest = sortedIds(probabilities);
-  panel.querySelectorAll(".live-bar").forEach((row, i) => {
+  column.querySelectorAll(".live-bar").forEach((row, i) => {
     const id = likeliest[i];
     const [label, track, number] = row.children;
     label.textContent = symbol(characters[id]);
@@ -149,22 +160,18 @@ function describe(strip, sentence) {
 }
 
 // The prompt, coloured by surprise.
-function drawSurprise(panel, given) {
+function drawSurprise(panel, { logits, surprises }) {
   const { idx, position } = state;
   const strip = panel.querySelector("[data-strip=surprise]");
-  const surprises = idx.map((_, t) => surprise(given, idx, t)); // (T), in nats
   const strengths = surprises.map((nats) => (nats === null ? null : Math.min(nats / DARKEST, 1)));
   colourStrip(strip, strengths);
 
-  const total = surprises.reduce((sum, nats) => sum + (nats ?? 0), 0);
-  const mean = idx.length > 1 ? `${(total / (idx.length - 1)).toFixed(2)} nats` : "–";
-  panel.querySelector(".live-mean").textContent = `mean ${mean}`;
   const character = spoken(characters[idx[position]]);
   if (position === 0) {
     describe(strip, `${character} is the first character, so no model has predicted it.`);
     return;
   }
-  const probabilities = predict(given, position - 1); // (V)
+  const probabilities = softmax(logits.row(position - 1)); // (V)
   const [best] = sortedIds(probabilities);
   const p = probabilities[idx[position]];
   const likeliest = `${spoken(characters[best])} (${probabilities[best].toFixed(3)})`;
@@ -228,10 +235,10 @@ function drawAttention(panel, given) {
   describe(strip, `${character}, ${chosen.dataset.label}: ${listed.join(", ")}.`);
 }
 
-// Runs draw for the panel of each model.
-function drawAll(...functions) {
-  for (const panel of panels) {
-    for (const draw of functions) draw(panel, state.answers[panel.dataset.model]);
+// Draws in each of the nodes what its model answers.
+function drawAll(nodes, ...functions) {
+  for (const node of nodes) {
+    for (const draw of functions) draw(node, state.answers[node.dataset.model]);
   }
 }
 
@@ -268,7 +275,8 @@ function update() {
     state.answers[name] = answer(name, state.idx, caches[name]);
   }
   document.querySelectorAll(".live-strip").forEach(fillStrip);
-  drawAll(drawBars, drawSurprise, drawMaps, drawAttention);
+  drawAll(columns, drawBars);
+  drawAll(panels, drawSurprise, drawMaps, drawAttention);
   return true;
 }
 
@@ -277,7 +285,7 @@ function choose(position) {
   const within = Math.max(0, Math.min(position, state.idx.length - 1));
   if (within === state.position) return;
   state.position = within;
-  drawAll(drawSurprise, drawAttention);
+  drawAll(panels, drawSurprise, drawAttention);
 }
 
 function connectStrip(strip) {
@@ -328,8 +336,7 @@ function sample(probabilities) {
 
 // Writes one character after the prompt, and later the others.
 function write(left) {
-  const given = state.answers[writer.value];
-  const id = sample(predict(given, given.logits.rows - 1, state.temperature));
+  const id = sample(predictNext(state.answers[writer.value]));
   promptField.value += characters[id];
   promptField.scrollTop = promptField.scrollHeight;
   update();
@@ -364,10 +371,10 @@ promptField.addEventListener("input", () => {
 slider.addEventListener("input", () => {
   state.temperature = Number(slider.value);
   sliderValue.textContent = state.temperature.toFixed(2);
-  drawAll(drawBars);
+  drawAll(columns, drawBars);
 });
 writeButton.addEventListener("click", startOrStop);
-panels.forEach(makeBars);
+columns.forEach(makeBars);
 document.querySelectorAll(".live-strip").forEach(connectStrip);
 document.querySelectorAll(".live-map canvas").forEach(connectMap);
 for (const panel of panels) {
@@ -376,7 +383,7 @@ for (const panel of panels) {
 // The maps are painted in a colour of the style sheet, which differs in dark mode.
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
   ink = readInk();
-  drawAll(drawMaps);
+  drawAll(panels, drawMaps);
 });
 
 document.querySelectorAll(".live [hidden]").forEach((node) => node.removeAttribute("hidden"));

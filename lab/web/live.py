@@ -323,11 +323,11 @@ def attention_html(name: str, measures: Measures, n_layer: int) -> str:
             heads.append(head_html(name, layer * n_head + h, measures, short))
         rows.append(f'<div class="live-layer">{"".join(heads)}</div>')
     return f"""
-<div>
-<h4>Attention</h4>
-<fieldset class="live-heads"><legend>Choose a head</legend>
+<fieldset class="live-heads"><legend>Attention: choose a head</legend>
 {"".join(rows)}
 </fieldset>
+<div>
+<h4>What the chosen character attends to</h4>
 {strip_html(name, "attention", "what the chosen character attends to")}
 </div>"""
 
@@ -357,13 +357,27 @@ def panel_html(name: str, model: nn.Module, measures: Measures, characters: list
 {escape(look_for(model, measures, characters), quote=False)}</p>
 <div class="live-parts" hidden>
 <div>
-<h4 id="live-bars-{name}">The next character</h4>
-<ol class="live-bars" aria-labelledby="live-bars-{name}"></ol>
-<div class="live-part-title"><h4>Surprise</h4> <span class="live-mean"></span></div>
+<h4>Surprise</h4>
 {strip_html(name, "surprise", "how surprising the chosen character was")}
 </div>{attention}
 </div>
 </article>"""
+
+
+def answers_html(names: list[str]) -> str:
+    """The bars of all models side by side, so that one look compares them."""
+    answers = []
+    for name in names:
+        answers.append(f"""
+<div data-model="{name}">
+<h4 id="live-bars-{name}"><a href="#live-{name}">{name}.py</a></h4>
+<p class="live-mean"></p>
+<ol class="live-bars" aria-labelledby="live-bars-{name}"></ol>
+</div>""")
+    return f"""
+<div class="live-answers" hidden>
+<h3>The next character</h3>{"".join(answers)}
+</div>"""
 
 
 def controls_html(names: list[str], prompt: str) -> str:
@@ -405,8 +419,8 @@ characters. They run in this page; nothing is sent anywhere.</p>
 <li><strong>The next character:</strong> the ten likeliest, with their probabilities. ␣ is a space,
 ↵ a line break. A full bar would be probability 1.</li>
 <li><strong>Surprise:</strong> the deeper the colour of a character, the less the model expected it
-after those before it: −ln&nbsp;<var>p</var>, in nats. The mean is the model’s loss on the
-prompt.</li>
+after those before it: −ln&nbsp;<var>p</var>, in nats. The mean, above the bars, is the model’s loss
+on the prompt.</li>
 <li><strong>Attention:</strong> in each map, the row is the character that looks and the column the
 one that it looks at; the deeper the colour, the more attention. (Colours grow with the square root
 of the weight, or the small ones couldn’t be seen.) Below each map is the feature that stands out
@@ -449,6 +463,7 @@ def live_section(models: dict[str, nn.Module], tokenizer: Any, val_data: np.ndar
 colours and the attention maps are missing; what was measured of each model is below.</p>
 </noscript>
 {controls_html(list(models), prompt)}
+{answers_html(list(models))}
 {"".join(panels)}
 <script type="application/json" id="live-weights">{pack(models, characters, block_size)}</script>
 <script>
