@@ -410,14 +410,18 @@ def controls_html(names: list[str], prompt: str) -> str:
 
 
 def introduction_html(block_size: int) -> str:
-    """What the panels show and how to use them."""
+    """What this part of the page is."""
     return f"""
 <p>Here are the models of the first five scripts, trained with the CPU defaults, their weights
-rounded to float16. Type a prompt, and each of them responds at once. They see the last {block_size}
-characters. They run in this page; nothing is sent anywhere.</p>
+rounded to float16. Type a prompt, and each of them responds at once with the ten characters that it
+thinks likeliest to come next, and their probabilities. ␣ is a space, ↵ a line break. The models see
+the last {block_size} characters. They run in this page; nothing is sent anywhere.</p>"""
+
+
+def legend_html() -> str:
+    """What the panels show and how to use them."""
+    return """
 <ul>
-<li><strong>The next character:</strong> the ten likeliest, with their probabilities. ␣ is a space,
-↵ a line break. A full bar would be probability 1.</li>
 <li><strong>Surprise:</strong> the deeper the colour of a character, the less the model expected it
 after those before it: −ln&nbsp;<var>p</var>, in nats. The mean, above the bars, is the model’s loss
 on the prompt.</li>
@@ -464,6 +468,7 @@ colours and the attention maps are missing; what was measured of each model is b
 </noscript>
 {controls_html(list(models), prompt)}
 {answers_html(list(models))}
+{legend_html()}
 {"".join(panels)}
 <script type="application/json" id="live-weights">{pack(models, characters, block_size)}</script>
 <script>
