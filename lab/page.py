@@ -22,12 +22,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
 import data
 from data import setting
-from data.flags import make_parser
+from data.corpora import SHAKESPEARE
 
 from lab.bench import names_in
 from lab.compare import draw
@@ -70,7 +71,7 @@ class Config:
     scripts: str = setting("scripts to train, separated by commas", gpu=ALL, cpu=ALL)
     data: str = setting("text to train on", gpu="shakespeare", cpu="shakespeare")
     prompt: str = setting("text that the samples start with", gpu="ROMEO:", cpu="ROMEO:")
-    max_iters: int = setting("training steps, by default each script's own", gpu=0, cpu=0)
+    max_iters: int = setting("training steps, 0 for each script's own", gpu=0, cpu=0)
     retrain: bool = setting("train even if there are results", gpu=False, cpu=False)
     draft: bool = setting("train nothing, use the runs there are", gpu=False, cpu=False)
     device: str = setting("always cpu, whose defaults train quickly", gpu="cpu", cpu="cpu")
@@ -78,7 +79,7 @@ class Config:
     out: str = setting("file to write", gpu="docs/index.html", cpu="docs/index.html")
 
 
-# The settings that are also the scripts' own. They only count if a flag sets them.
+# The settings that are also the scripts' own. They only count if they aren't the default.
 SHARED = ["data", "prompt", "max_iters"]
 
 
@@ -296,6 +297,28 @@ def build(results: dict[str, Result], live_part: str, text: str) -> str:
     )
 
 
+def changes_in(cfg: Config) -> dict[str, Any]:
+    """The settings in SHARED that differ from their defaults."""
+    changes = {}
+    for name in SHARED:
+        value = getattr(cfg, name)
+        if value != getattr(Config, name):
+            changes[name] = value
+    return changes
+
+
+def load_corpus(cfg: Config) -> str:
+    """The text to train on; raises data.InputError if it doesn't fit the prompt."""
+    text = data.load_text(cfg.data)
+    if cfg.data == "shakespeare" and not SHAKESPEARE.exists():
+        # The scripts can do with another text, but what the page says is about this one.
+        raise data.InputError("--data shakespeare: the text isn't there; save it as said above")
+    if not cfg.prompt:
+        raise data.InputError("--prompt: empty; give the samples a text to start with")
+    data.CharTokenizer(text).encode(cfg.prompt)  # refuses a prompt that can't occur
+    return text
+
+
 def draw_losses(results: dict[str, Result], path: Path) -> None:
     """Draw the loss curves of all scripts that differ in their training, in one picture."""
     histories = {}
@@ -303,24 +326,24 @@ def draw_losses(results: dict[str, Result], path: Path) -> None:
         if script in results and script not in SAME_TRAINING and script not in NOT_DRAWN:
             run = results[script]
             histories[f"{script}  {run.val_loss:.2f}"] = run.history
-    draw(histories, path, "validation loss (whole split)")
+    if histories:
+        draw(histories, path, "validation loss (whole split)")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, and write the page. argv: the flags."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv, saved={"device": "cpu"}, fixed=["device"])
-        scripts = names_in("scripts", cfg.scripts, SCRIPTS)
-        given = vars(make_parser(Config, "").parse_args(argv))
-        changes = {name: given[name] for name in SHARED if name in given}
-        text = data.load_text(cfg.data)
-        data.CharTokenizer(text).encode(cfg.prompt)  # refuse a prompt that can't occur
+        chosen = names_in("scripts", cfg.scripts, SCRIPTS)
+        scripts = [script for script in SCRIPTS if script in chosen]  # in the order of the course
+        changes = changes_in(cfg)
+        text = load_corpus(cfg)
         folder, out = ROOT / cfg.runs, ROOT / cfg.out
-        if out.exists() and not cfg.retrain:
-            runs.unpack_page(read(out), folder)
+        jobs = runs.jobs_for(SCRIPTS, changes)
+        if out.exists():
+            runs.unpack_page(read(out), jobs, folder)
         if not cfg.draft:
             runs.run_all(scripts, changes, folder, cfg.retrain)
-        jobs = runs.jobs_for(SCRIPTS, changes)
         results = {job.name: runs.load_result(job, folder) for job in jobs}
         missing = [name for name, result in results.items() if result is None]
         if missing and not cfg.draft:

@@ -224,8 +224,9 @@ def test_the_page_shows_the_texts_as_they_are(index):
 
 
 def test_a_rebuild_finds_the_runs_in_the_page(index, tmp_path):
-    runs.unpack_page(index, tmp_path)
-    for job in runs.jobs_for(SCRIPTS, {}):
+    jobs = runs.jobs_for(SCRIPTS, {})
+    runs.unpack_page(index, jobs, tmp_path)
+    for job in jobs:
         assert runs.load_result(job, tmp_path) is not None, job.name
     for name in runs.LIVE:
         runs.load_model(name, tmp_path, {})
