@@ -319,6 +319,22 @@ def load_corpus(cfg: Config) -> str:
     return text
 
 
+def links_from(folder: Path, page: str) -> str:
+    """The page with its links to files in docs/ changed so that they work from folder."""
+    docs = ROOT / "docs"
+    if folder.resolve() == docs:
+        return page
+    return re.sub(r'href="(?=[\w./]+\.\w+)', f'href="{docs.as_uri()}/', page)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write the page to path, all at once: the old one has results of runs that would be lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8", newline="\n")
+    unfinished.replace(path)
+
+
 def draw_losses(results: dict[str, Result], path: Path) -> None:
     """Draw the loss curves of all scripts that differ in their training, in one picture."""
     histories = {}
@@ -351,9 +367,12 @@ def main(argv: list[str] | None = None) -> None:
             return
         results = {name: result for name, result in results.items() if result is not None}
         page = build(results, live(results, changes, folder, text), text)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8", newline="\n")
-        draw_losses(results, out.with_name("losses.png"))
+        page = links_from(out.parent, page)
+        try:
+            write_page(page, out)
+            draw_losses(results, out.with_name("losses.png"))
+        except OSError as error:
+            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         print(f"wrote {cfg.out}, {len(page.encode()) / 1e6:.1f} MB")
 
 

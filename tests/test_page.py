@@ -156,6 +156,7 @@ def test_an_interrupted_run_is_not_kept(tmp_path):
     [
         (["--scripts", "v4_feedforward,v99"], "--scripts: v99 unknown"),
         (["--prompt", "é"], "--prompt"),
+        (["--prompt", ""], "--prompt"),
         (["--device", "cuda"], "--device"),
         (["--data", "nowhere.txt"], "--data nowhere.txt"),
     ],
@@ -192,6 +193,24 @@ def test_an_exercise_hides_its_answer():
 
 def test_known_words():
     assert page.known_words("The kingg, is king. of", {"the", "king"}) == pytest.approx(2 / 3)
+
+
+def test_links_lead_to_docs_from_any_folder(tmp_path):
+    links = '<a href="measurements.md#machines"> <a href="../data/__init__.py"> <a href="#live">'
+    assert page.links_from(ROOT / "docs", links) == links
+    moved = page.links_from(tmp_path, links)
+    docs = (ROOT / "docs").as_uri()
+    assert re.findall('href="([^"]+)"', moved) == [
+        f"{docs}/measurements.md#machines", f"{docs}/../data/__init__.py", "#live"
+    ]
+    icon = '<link href="data:,"><a href="https://arxiv.org/abs/1.html">'
+    assert page.links_from(tmp_path, icon) == icon
+
+
+def test_a_damaged_page_has_no_runs(tmp_path):
+    broken = '<script type="application/json" id="runs">[{"name</script>'
+    runs.unpack_page(broken, runs.jobs_for(SCRIPTS, {}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 # ---- The page as committed
