@@ -209,7 +209,7 @@ def outcome(run: Result, parent: Result | None) -> str:
     """The loss curve of a run and what it wrote, side by side, as HTML."""
     caption = "Validation loss (solid) and training loss (dashed) in nats per character."
     if run.trained_as:
-        caption += f" It trains exactly as {run.trained_as}.py, so the curve is that one's."
+        caption += f" It trains exactly as {run.trained_as}.py does, so the curve is the same."
     return (
         f'<div class="outcome"><figure>{loss_curve(run, parent)}<figcaption>{caption}</figcaption>'
         f"</figure><figure><pre>{sample_of(run)}</pre><figcaption>What it writes after "
@@ -267,7 +267,7 @@ def machine(results: dict[str, Result]) -> str:
     return html.escape("; ".join(dict.fromkeys(kinds)), quote=False)
 
 
-def live(results: dict[str, Result], changes: dict, folder: Path, text: str) -> str:
+def live(results: dict[str, Result], changes: dict[str, Any], folder: Path, text: str) -> str:
     """The models that respond to the reader, as HTML, or a note if they haven't been trained."""
     if any(name not in results for name in LIVE):
         return '<section id="live"><p>The models haven\'t been trained yet.</p></section>'
@@ -279,7 +279,18 @@ def live(results: dict[str, Result], changes: dict, folder: Path, text: str) -> 
     return live_section(models, tokenizer, val_data)
 
 
-def build(results: dict[str, Result], live_part: str, text: str) -> str:
+def other_settings(changes: dict[str, Any]) -> str:
+    """A warning that a page wasn't built with the defaults, as HTML, or "" if it was."""
+    if not changes:
+        return ""
+    flags = html.escape(" ".join(f"--{name} {value}" for name, value in changes.items()))
+    return (
+        f"<p><strong>This page was built with <code>{flags}</code>. What it says about losses and "
+        "texts is about runs without these flags.</strong></p>"
+    )
+
+
+def build(results: dict[str, Result], live_part: str, text: str, changes: dict[str, Any]) -> str:
     """The whole page. text: the corpus that the scripts were trained on."""
     vocabulary = set(words_of(text[: len(text) * 9 // 10]))
     nav = "".join(f'<li><a href="#part-{part}">Part {part}</a></li>' for part in PARTS)
@@ -287,6 +298,9 @@ def build(results: dict[str, Result], live_part: str, text: str) -> str:
     return template.substitute(
         style=read(HERE / "page.css"),
         navigation=nav,
+        changes=other_settings(changes),
+        minutes=runs.SPEEDRUN["minutes"],
+        steps=f"{runs.SPEEDRUN['max_iters']:,}",
         contents=contents(results),
         live=live_part,
         strip=strip(results, vocabulary),
@@ -366,7 +380,7 @@ def main(argv: list[str] | None = None) -> None:
             print(f"notice: no page yet, not trained: {', '.join(missing)}", file=sys.stderr)
             return
         results = {name: result for name, result in results.items() if result is not None}
-        page = build(results, live(results, changes, folder, text), text)
+        page = build(results, live(results, changes, folder, text), text, changes)
         page = links_from(out.parent, page)
         try:
             write_page(page, out)
