@@ -22,12 +22,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
 import data
 from data import setting
-from data.flags import make_parser
+from data.corpora import SHAKESPEARE
 
 from lab.bench import names_in
 from lab.compare import draw
@@ -70,7 +71,7 @@ class Config:
     scripts: str = setting("scripts to train, separated by commas", gpu=ALL, cpu=ALL)
     data: str = setting("text to train on", gpu="shakespeare", cpu="shakespeare")
     prompt: str = setting("text that the samples start with", gpu="ROMEO:", cpu="ROMEO:")
-    max_iters: int = setting("training steps, by default each script's own", gpu=0, cpu=0)
+    max_iters: int = setting("training steps, 0 for each script's own", gpu=0, cpu=0)
     retrain: bool = setting("train even if there are results", gpu=False, cpu=False)
     draft: bool = setting("train nothing, use the runs there are", gpu=False, cpu=False)
     device: str = setting("always cpu, whose defaults train quickly", gpu="cpu", cpu="cpu")
@@ -78,7 +79,7 @@ class Config:
     out: str = setting("file to write", gpu="docs/index.html", cpu="docs/index.html")
 
 
-# The settings that are also the scripts' own. They only count if a flag sets them.
+# The settings that are also the scripts' own. They only count if they aren't the default.
 SHARED = ["data", "prompt", "max_iters"]
 
 
@@ -208,7 +209,7 @@ def outcome(run: Result, parent: Result | None) -> str:
     """The loss curve of a run and what it wrote, side by side, as HTML."""
     caption = "Validation loss (solid) and training loss (dashed) in nats per character."
     if run.trained_as:
-        caption += f" It trains exactly as {run.trained_as}.py, so the curve is that one's."
+        caption += f" It trains exactly as {run.trained_as}.py does, so the curve is the same."
     return (
         f'<div class="outcome"><figure>{loss_curve(run, parent)}<figcaption>{caption}</figcaption>'
         f"</figure><figure><pre>{sample_of(run)}</pre><figcaption>What it writes after "
@@ -266,7 +267,7 @@ def machine(results: dict[str, Result]) -> str:
     return html.escape("; ".join(dict.fromkeys(kinds)), quote=False)
 
 
-def live(results: dict[str, Result], changes: dict, folder: Path, text: str) -> str:
+def live(results: dict[str, Result], changes: dict[str, Any], folder: Path, text: str) -> str:
     """The models that respond to the reader, as HTML, or a note if they haven't been trained."""
     if any(name not in results for name in LIVE):
         return '<section id="live"><p>The models haven\'t been trained yet.</p></section>'
@@ -278,7 +279,18 @@ def live(results: dict[str, Result], changes: dict, folder: Path, text: str) -> 
     return live_section(models, tokenizer, val_data)
 
 
-def build(results: dict[str, Result], live_part: str, text: str) -> str:
+def other_settings(changes: dict[str, Any]) -> str:
+    """A warning that a page wasn't built with the defaults, as HTML, or "" if it was."""
+    if not changes:
+        return ""
+    flags = html.escape(" ".join(f"--{name} {value}" for name, value in changes.items()))
+    return (
+        f"<p><strong>This page was built with <code>{flags}</code>. What it says about losses and "
+        "texts is about runs without these flags.</strong></p>"
+    )
+
+
+def build(results: dict[str, Result], live_part: str, text: str, changes: dict[str, Any]) -> str:
     """The whole page. text: the corpus that the scripts were trained on."""
     vocabulary = set(words_of(text[: len(text) * 9 // 10]))
     nav = "".join(f'<li><a href="#part-{part}">Part {part}</a></li>' for part in PARTS)
@@ -286,6 +298,9 @@ def build(results: dict[str, Result], live_part: str, text: str) -> str:
     return template.substitute(
         style=read(HERE / "page.css"),
         navigation=nav,
+        changes=other_settings(changes),
+        minutes=runs.SPEEDRUN["minutes"],
+        steps=f"{runs.SPEEDRUN['max_iters']:,}",
         contents=contents(results),
         live=live_part,
         strip=strip(results, vocabulary),
@@ -296,6 +311,44 @@ def build(results: dict[str, Result], live_part: str, text: str) -> str:
     )
 
 
+def changes_in(cfg: Config) -> dict[str, Any]:
+    """The settings in SHARED that differ from their defaults."""
+    changes = {}
+    for name in SHARED:
+        value = getattr(cfg, name)
+        if value != getattr(Config, name):
+            changes[name] = value
+    return changes
+
+
+def load_corpus(cfg: Config) -> str:
+    """The text to train on; raises data.InputError if it doesn't fit the prompt."""
+    text = data.load_text(cfg.data)
+    if cfg.data == "shakespeare" and not SHAKESPEARE.exists():
+        # The scripts can do with another text, but what the page says is about this one.
+        raise data.InputError("--data shakespeare: the text isn't there; save it as said above")
+    if not cfg.prompt:
+        raise data.InputError("--prompt: empty; give the samples a text to start with")
+    data.CharTokenizer(text).encode(cfg.prompt)  # refuses a prompt that can't occur
+    return text
+
+
+def links_from(folder: Path, page: str) -> str:
+    """The page with its links to files in docs/ changed so that they work from folder."""
+    docs = ROOT / "docs"
+    if folder.resolve() == docs:
+        return page
+    return re.sub(r'href="(?=[\w./]+\.\w+)', f'href="{docs.as_uri()}/', page)
+
+
+def write_page(page: str, path: Path) -> None:
+    """Write the page to path, all at once: the old one has results of runs that would be lost."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished.write_text(page, encoding="utf-8", newline="\n")
+    unfinished.replace(path)
+
+
 def draw_losses(results: dict[str, Result], path: Path) -> None:
     """Draw the loss curves of all scripts that differ in their training, in one picture."""
     histories = {}
@@ -303,34 +356,37 @@ def draw_losses(results: dict[str, Result], path: Path) -> None:
         if script in results and script not in SAME_TRAINING and script not in NOT_DRAWN:
             run = results[script]
             histories[f"{script}  {run.val_loss:.2f}"] = run.history
-    draw(histories, path, "validation loss (whole split)")
+    if histories:
+        draw(histories, path, "validation loss (whole split)")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train what is missing, and write the page. argv: the flags."""
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv, saved={"device": "cpu"}, fixed=["device"])
-        scripts = names_in("scripts", cfg.scripts, SCRIPTS)
-        given = vars(make_parser(Config, "").parse_args(argv))
-        changes = {name: given[name] for name in SHARED if name in given}
-        text = data.load_text(cfg.data)
-        data.CharTokenizer(text).encode(cfg.prompt)  # refuse a prompt that can't occur
+        chosen = names_in("scripts", cfg.scripts, SCRIPTS)
+        scripts = [script for script in SCRIPTS if script in chosen]  # in the order of the course
+        changes = changes_in(cfg)
+        text = load_corpus(cfg)
         folder, out = ROOT / cfg.runs, ROOT / cfg.out
-        if out.exists() and not cfg.retrain:
-            runs.unpack_page(read(out), folder)
+        jobs = runs.jobs_for(SCRIPTS, changes)
+        if out.exists():
+            runs.unpack_page(read(out), jobs, folder)
         if not cfg.draft:
             runs.run_all(scripts, changes, folder, cfg.retrain)
-        jobs = runs.jobs_for(SCRIPTS, changes)
         results = {job.name: runs.load_result(job, folder) for job in jobs}
         missing = [name for name, result in results.items() if result is None]
         if missing and not cfg.draft:
             print(f"notice: no page yet, not trained: {', '.join(missing)}", file=sys.stderr)
             return
         results = {name: result for name, result in results.items() if result is not None}
-        page = build(results, live(results, changes, folder, text), text)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(page, encoding="utf-8", newline="\n")
-        draw_losses(results, out.with_name("losses.png"))
+        page = build(results, live(results, changes, folder, text), text, changes)
+        page = links_from(out.parent, page)
+        try:
+            write_page(page, out)
+            draw_losses(results, out.with_name("losses.png"))
+        except OSError as error:
+            raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         print(f"wrote {cfg.out}, {len(page.encode()) / 1e6:.1f} MB")
 
 

@@ -156,6 +156,7 @@ def test_an_interrupted_run_is_not_kept(tmp_path):
     [
         (["--scripts", "v4_feedforward,v99"], "--scripts: v99 unknown"),
         (["--prompt", "é"], "--prompt"),
+        (["--prompt", ""], "--prompt"),
         (["--device", "cuda"], "--device"),
         (["--data", "nowhere.txt"], "--data nowhere.txt"),
     ],
@@ -194,6 +195,24 @@ def test_known_words():
     assert page.known_words("The kingg, is king. of", {"the", "king"}) == pytest.approx(2 / 3)
 
 
+def test_links_lead_to_docs_from_any_folder(tmp_path):
+    links = '<a href="measurements.md#machines"> <a href="../data/__init__.py"> <a href="#live">'
+    assert page.links_from(ROOT / "docs", links) == links
+    moved = page.links_from(tmp_path, links)
+    docs = (ROOT / "docs").as_uri()
+    assert re.findall('href="([^"]+)"', moved) == [
+        f"{docs}/measurements.md#machines", f"{docs}/../data/__init__.py", "#live"
+    ]
+    icon = '<link href="data:,"><a href="https://arxiv.org/abs/1.html">'
+    assert page.links_from(tmp_path, icon) == icon
+
+
+def test_a_damaged_page_has_no_runs(tmp_path):
+    broken = '<script type="application/json" id="runs">[{"name</script>'
+    runs.unpack_page(broken, runs.jobs_for(SCRIPTS, {}), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
 # ---- The page as committed
 
 
@@ -224,8 +243,9 @@ def test_the_page_shows_the_texts_as_they_are(index):
 
 
 def test_a_rebuild_finds_the_runs_in_the_page(index, tmp_path):
-    runs.unpack_page(index, tmp_path)
-    for job in runs.jobs_for(SCRIPTS, {}):
+    jobs = runs.jobs_for(SCRIPTS, {})
+    runs.unpack_page(index, jobs, tmp_path)
+    for job in jobs:
         assert runs.load_result(job, tmp_path) is not None, job.name
     for name in runs.LIVE:
         runs.load_model(name, tmp_path, {})

@@ -258,6 +258,23 @@ def test_an_unknown_character_gets_a_message(page, character):
     assert message.inner_text() == ""
 
 
+def test_many_unknown_characters_do_not_fill_the_screen(page):
+    message = page.locator("#live-message")
+    page.locator("#live-prompt").fill("".join(chr(0x4E00 + i) for i in range(1000)))
+    assert "and 995 more" in message.inner_text()
+    assert page.locator(".live-controls").bounding_box()["height"] < 300
+    page.locator("#live-prompt").fill("a\u200bb")
+    assert "U+200B" in message.inner_text()  # by itself, it would look like nothing
+
+
+def test_shortcuts_of_the_browser_work_in_a_strip(page):
+    prevented = page.locator("[data-strip=surprise]").first.evaluate(
+        """strip => [true, false].map((altKey) => !strip.dispatchEvent(
+            new KeyboardEvent("keydown", { key: "ArrowLeft", altKey, cancelable: true })))"""
+    )
+    assert prevented == [False, True]
+
+
 def test_an_empty_prompt_gets_a_message(page):
     page.locator("#live-prompt").fill("")
     assert "at least one character" in page.locator("#live-message").inner_text()

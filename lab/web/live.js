@@ -4,14 +4,15 @@
 // temperature only draws again what has been computed.
 "use strict";
 
-const N_BARS = 10; // the likeliest next characters that a panel shows
 const N_LISTED = 3; // the characters that the sentence below an attention map names
 const LONGEST = 200; // characters that one press of the button writes
+const N_UNKNOWN = 5; // the characters that a message about unknown ones names
 const PAUSE = 40; // milliseconds between two of them
 const DARKEST = 6; // the surprise in nats from which on the colour gets no stronger
 
 const packed = JSON.parse(document.getElementById("live-weights").textContent);
 const characters = packed.characters; // token id -> character
+const n_bars = Math.min(10, characters.length); // the likeliest next characters that are shown
 const block_size = packed.block_size;
 const ids = new Map(characters.map((character, id) => [character, id]));
 const models = {};
@@ -86,6 +87,10 @@ function symbol(character) {
 }
 
 function spoken(character) {
+  if (/[\p{C}\p{Z}\p{M}]/u.test(character) && !" \n\t".includes(character)) {
+    // It can't be seen, or not alone.
+    return `U+${character.codePointAt(0).toString(16).toUpperCase().padStart(4, "0")}`;
+  }
   return { "\n": "line break", " ": "space", "\t": "tab" }[character] ?? `‘${character}’`;
 }
 
@@ -100,7 +105,7 @@ function element(tag, className, text = "") {
 
 // The empty rows for the likeliest next characters.
 function makeBars(column) {
-  for (let i = 0; i < N_BARS; i++) {
+  for (let i = 0; i < n_bars; i++) {
     const row = element("li", "live-bar");
     const label = element("span", "live-symbol");
     label.setAttribute("role", "img");
@@ -253,11 +258,16 @@ function say(text) {
 // Answers the prompt in the field; if the models can't read it, says why and changes nothing else.
 function update() {
   const text = split(promptField.value);
+  const count = text.length === 1 ? "1 character" : `${text.length} characters`;
+  const seen = text.length > block_size ? `; the models see the last ${block_size}` : "";
+  view.textContent = count + seen;
   const unknown = [...new Set(text)].filter((character) => !ids.has(character));
   if (unknown.length > 0) {
-    const listed = unknown.map(spoken).join(", ");
-    say(`The models know no ${listed}: the text that they learned from doesn't have it. ` +
-      "The panels still show the last prompt without it.");
+    const listed = unknown.slice(0, N_UNKNOWN).map(spoken).join(", ");
+    const others = unknown.length - N_UNKNOWN;
+    const more = others > 0 ? ` and ${others} more` : "";
+    say(`Not in the text that the models learned from: ${listed}${more}. ` +
+      "The panels still show the last prompt that they could read.");
     return false;
   }
   if (text.length === 0) {
@@ -265,10 +275,6 @@ function update() {
     return false;
   }
   say("");
-  const count = text.length === 1 ? "1 character" : `${text.length} characters`;
-  const seen = text.length > block_size ? `; the models see the last ${block_size}` : "";
-  view.textContent = count + seen;
-
   state.idx = encode(text.slice(-block_size).join(""));
   state.position = state.idx.length - 1;
   for (const name of Object.keys(models)) {
@@ -306,7 +312,8 @@ function connectStrip(strip) {
       Home: 0,
       End: last,
     };
-    if (event.key in goals) {
+    const modified = event.altKey || event.ctrlKey || event.metaKey; // a shortcut of the browser
+    if (event.key in goals && !modified) {
       event.preventDefault(); // the page mustn't scroll
       choose(goals[event.key]);
     }

@@ -30,7 +30,7 @@ from torch import nn
 from tqdm import tqdm
 
 from lab.evaluate import whole_loss
-from lab.ladder import ROOT, SCRIPTS, source, split_docstring
+from lab.ladder import SCRIPTS, source, split_docstring
 
 # The models that the page brings to life.
 LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
@@ -106,6 +106,8 @@ def jobs_for(scripts: list[str], changes: dict[str, Any]) -> list[Job]:
         jobs.append(Job(script, script, {**settings, **changes}))
         if script == "v5_gpt":
             for steps in SNAPSHOTS:
+                if "max_iters" in changes and steps >= changes["max_iters"]:
+                    continue  # a run to try the page out is shorter than that
                 snapshot = {**settings, **changes, "max_iters": steps}
                 jobs.append(Job(f"{script}-{steps}", script, snapshot))
     return jobs
@@ -169,8 +171,8 @@ def pack_results(results: list[Result]) -> str:
     return json.dumps(values, ensure_ascii=False).replace("<", "\\u003c")
 
 
-def unpack_page(page: str, folder: Path) -> None:
-    """Write the runs that a page was built from to folder, unless they are there.
+def unpack_page(page: str, jobs: list[Job], folder: Path) -> None:
+    """Write the results of jobs that a page was built from to folder, unless it has them.
 
     page: the text of the page, which has their results and, rounded to float16, their weights.
     """
@@ -178,24 +180,33 @@ def unpack_page(page: str, folder: Path) -> None:
     if packed is None or weights is None:
         return
     folder.mkdir(parents=True, exist_ok=True)
+    wanted = {job.name: job for job in jobs}
     for values in packed:
         name = values["name"]
-        path = folder / f"{name}.json"
-        if path.exists():
+        if name not in wanted or values["fingerprint"] != fingerprint(wanted[name]):
+            continue  # of other code or with other settings
+        if load_result(wanted[name], folder) is not None:
             continue
+        (folder / f"{name}.pt").unlink(missing_ok=True)  # the weights of another run
         if name in LIVE:
             state = {}
             for key, tensor in weights["models"][name].items():
                 numbers = np.frombuffer(base64.b64decode(tensor["float16"]), dtype="<f2")
                 state[key] = torch.tensor(numbers.astype(np.float32)).view(tensor["shape"])
             torch.save(state, folder / f"{name}.pt")
-        path.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+        text = json.dumps(values, ensure_ascii=False)
+        (folder / f"{name}.json").write_text(text, encoding="utf-8")
 
 
 def json_in(page: str, element: str) -> Any:
-    """The content of the JSON <script> element with this id, or None if the page lacks it."""
+    """The content of the JSON <script> element with this id, or None if the page has none."""
     found = re.search(rf'<script type="application/json" id="{element}">(.*?)</script>', page)
-    return json.loads(found[1]) if found else None
+    if found is None:
+        return None
+    try:
+        return json.loads(found[1])
+    except ValueError:  # a damaged page
+        return None
 
 
 def load_config(job: Job) -> Any:
@@ -339,7 +350,7 @@ def run_in_process(job: Job, folder: Path) -> None:
     command = [sys.executable, __file__, description, str(folder.resolve())]
     # Its progress bar belongs below the one of all runs, and leaves nothing behind.
     environment = {**os.environ, "TQDM_POSITION": "1", "TQDM_LEAVE": "0"}
-    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, cwd=ROOT)
+    done = subprocess.run(command, env=environment, stdout=subprocess.DEVNULL)
     if done.returncode < 0:
         why = "its process was killed, probably for lack of memory"
         raise data.InputError(f"{job.name}: {why}; close other programs and run this again")
