@@ -146,7 +146,8 @@ def strip(results: dict[str, Result], vocabulary: set[str]) -> str:
         if name not in results:
             continue
         run = results[name]
-        share = known_words(run.sample.removeprefix(run.settings["prompt"]), vocabulary)
+        written = run.sample.removeprefix(run.settings["prompt"])
+        share = known_words(written[: written.rindex(" ")], vocabulary)  # the last word is cut off
         cards.append(
             f"<li><h3>{run.loss_per_character:.2f} <small>{run.script}.py, {run.steps:,} steps"
             f"</small></h3><pre>{sample_of(run)}</pre><p>{remark} {share:.0%} of its words occur "

@@ -220,7 +220,7 @@ def look_for_one_head(measures: Measures) -> str:
     [head] = measures.heads
     first, second = measures.features(head)[:2]
     return (
-        f"a single pattern of attention has to serve every purpose. On average over the validation "
+        f"one head has to do everything. On average over the validation "
         f"text, the head {puts(measures, head, first)} and {head.attention[second]:.2f} on "
         f"{second}; evenly spread attention would put {measures.even[first]:.2f} and "
         f"{measures.even[second]:.2f} there."
@@ -240,7 +240,7 @@ def look_for_heads(measures: Measures) -> str:
     widest = max(others, key=lambda other: other.spread)
     even = measures.even[feature]
     return (
-        f"the heads differ. On average over the validation text, {head.label} "
+        f"what sets the heads apart. On average over the validation text, {head.label} "
         f"{puts(measures, head, feature)} (evenly spread attention would put {even:.2f} there). "
         f"Its attention is spread over {head.spread:.1f} characters, that of {widest.label} over "
         f"{widest.spread:.1f}."
@@ -258,7 +258,7 @@ def look_for_layers(measures: Measures, n_layer: int) -> str:
     head, feature = most_distinct(measures)[0]
     even = measures.even[feature]
     return (
-        "the layers look at different distances. On average over the validation text, attention "
+        "how far back each layer looks. On average over the validation text, attention "
         f"reaches back {', '.join(parts)}; {head.label} {puts(measures, head, feature)} (evenly "
         f"spread attention would put {even:.2f} there)."
     )
@@ -429,8 +429,8 @@ on the prompt.</li>
 one that it looks at; the deeper the colour, the more attention. (Colours grow with the square root
 of the weight, or the small ones couldn’t be seen.) Below each map is the feature that stands out
 most in this head, compared with attention spread evenly, and how much of the attention it gets, on
-average over the validation text. Choose a head, then a character, with the pointer or the arrow
-keys, to see what that character attends to.</li>
+average over the validation text. Choose a head, then a character, by pointing at it, by a tap or
+with the arrow keys, to see what that character attends to.</li>
 </ul>"""
 
 

@@ -2,7 +2,8 @@
 
 A run is the one that the script's own command makes on a CPU, with the prompt "ROMEO:". Its results
 are kept in out/page/, so a second build of the page doesn't train again. A run is repeated when the
-script or its settings change; changes in its docstring and its comments don't count.
+script or its settings change; changes in its docstring, its comments, data/ and this file don't
+count.
 """
 
 import base64
