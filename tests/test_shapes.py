@@ -173,6 +173,9 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs no GPU
             ids = np.zeros(50, dtype=np.uint16)
             script.get_batch(ids, tiny(script, device=LikeCuda("cpu")))
+        if hasattr(script, "orthogonalise"):  # as on a processor with bfloat16
+            monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+            script.orthogonalise(torch.randn(2, 6, 4))
 
     tracer = run_traced(script.__file__, run)
     assert tracer.wrong == []
