@@ -13,7 +13,10 @@ from lab import compare
 from lab.ladder import SCRIPTS
 
 
-def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys):
+def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys, monkeypatch):
+    drawn = []  # the arguments of each call: to draw takes longer than to train at this size
+    draw = compare.draw
+    monkeypatch.setattr(compare, "draw", lambda *arguments: drawn.append(arguments))
     flags = [*tiny_flags(v9d_gqa), "--data", str(corpus), "--prompt", "The "]
     compare.main([*flags, "--out", str(tmp_path / "new" / "out")])
     out = capsys.readouterr().out
@@ -33,6 +36,8 @@ def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys):
         assert len(losses) == 3
         assert "\n".join(losses) in losses_and_sample(out)
 
+    assert len(drawn) == len(names)  # after each script
+    draw(*drawn[-1])
     picture = matplotlib.image.imread(tmp_path / "new" / "out" / "compare.png")
     assert picture.shape[:2] == (600, 1200)
     assert picture[..., :3].std() > 0.05
