@@ -7,7 +7,7 @@ measurements have filled, since more time pays off best in a larger model.
 
 Time is what counts here, so attention is written out again, as in v5_gpt.py: on a CPU in bfloat16,
 that takes half as long as PyTorch's fused kernel. On a GPU, the fused kernel remains. On a CPU
-without bfloat16 it is faster, too: there, add --fused_attention.
+without bfloat16, the fused kernel is faster as well: add --fused_attention.
 
 A run by the clock isn't reproducible to the bit, because no two runs get equally far. One with
 --max_iters is, also together with --minutes, which then only chooses the sizes.

@@ -18,7 +18,7 @@ worth, and what else was tried.
 
 New here: the eight switches.
 Run it:   python v9j_tricks.py
-Expect:   a validation loss of about 1.54, v9e_muon.py's is 1.51. In v9f_speedrun.py, they pay off.
+Expect:   a validation loss of about 1.54; v9e_muon.py's is 1.51. In v9f_speedrun.py, they pay off.
 Diff:     git diff --no-index v9e_muon.py v9j_tricks.py
 """
 

@@ -50,14 +50,14 @@ PARTS = {
 STRIP = {
     "v5_gpt-0": "Before training. All 65 characters are about equally likely, even $ and 3.",
     "v5_gpt-10": "The first thing a model learns is which characters are common.",
-    "v5_gpt-30": "Letters fit the one before: capitals come in runs, colons end lines.",
+    "v5_gpt-30": "Each letter fits the one before it: capitals come in runs, colons end lines.",
     "v5_gpt-100": "About as good as the bigram model. Short words are right now and then.",
     "v5_gpt-300": "Short words appear, such as it, to, you and my.",
     "v5_gpt-1000": "Many words are English, others only sound like it.",
     "v5_gpt": "A whole run. Names, colons and speeches; most words are English, no sentence is.",
     "v6c_recipe": "The same model, trained with a better recipe.",
     "v9e_muon": "Fewer invented words, and phrases that hold for a few words.",
-    "v9f_speedrun": "The lowest loss that the course reaches in the time that v5_gpt.py takes.",
+    "v9f_speedrun": "A larger model with longer windows, and fewer steps.",
 }
 # Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
 # part 4 is per token of several characters.

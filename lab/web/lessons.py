@@ -30,7 +30,7 @@ def color_diff(code: str, language: str, _: str) -> str:
 MARKDOWN = MarkdownIt("commonmark", {"highlight": color_diff}).enable("table")
 # Words of a docstring that are code: files, flags, calls, and names with an underscore or a dot.
 CODE = re.compile(
-    r"(?<![\w.])(--?[a-z]\w+|[\w/]+\.(?:py|md|json|pt)|\w+\(\)|[a-z]\w*_\w+|[A-Z]\w+\.\w+)"
+    r"(?<![\w.])(--?[a-z][\w-]+|[\w/]+\.(?:py|md|json|pt)|\w+\(\)|[a-z]\w*_\w+|[A-Z]\w+\.\w+)"
 )
 LABEL = re.compile(r"^(New here|Run it|Probe|Expect|Diff): +(.*)$")
 
