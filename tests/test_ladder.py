@@ -294,9 +294,11 @@ COURSE = {
         "adds": [
             "SHORT",
             "LONG",
+            "LONGEST",
             "BUDGETS",
             "BY_CLOCK",
             "Config.fused_attention",
+            "Config.calibration",
             "Config.minutes",
             "plain_attention",
             "progress_at",
@@ -304,6 +306,7 @@ COURSE = {
         "changes": [
             "MultiHeadAttention.__init__",
             "MultiHeadAttention.forward",
+            "LanguageModel.forward",
             "learning_rate_at",
             "train",
             "main",

@@ -1,4 +1,4 @@
-"""v9f_speedrun.py: runs by the clock, and attention without the fused kernel."""
+"""v9f_speedrun.py: runs by the clock, calibration, attention without the fused kernel."""
 
 import re
 
@@ -52,6 +52,22 @@ def test_dropped_weights_are_zero():
     torch.testing.assert_close(v9f.plain_attention(query, query, value, 0.0), value)
 
 
+# ---- calibration
+
+
+def test_calibration_divides_the_logits_but_not_in_training():
+    plain, calibrated = (shaken(build(v9f, calibration=number)) for number in (1.0, 1.25))
+    calibrated.load_state_dict(plain.state_dict())
+    idx, targets = random_tokens(2, 5), random_tokens(2, 5)
+    torch.testing.assert_close(calibrated(idx, targets), plain(idx, targets))
+    plain.eval()
+    calibrated.eval()
+    logits, loss = calibrated(idx, targets)
+    torch.testing.assert_close(logits, plain(idx)[0] / 1.25)
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+
+
 # ---- the clock
 
 
@@ -76,7 +92,7 @@ def test_a_run_ends_when_its_time_is_over(splits, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("minutes", "budget"), [(0.01, 2), (2, 2), (4.9, 2), (5, 5), (500, 5)]
+    ("minutes", "budget"), [(0.01, 0), (2, 0), (4.9, 0), (5, 5), (17, 5), (18, 18), (500, 18)]
 )
 def test_minutes_choose_the_settings(monkeypatch, capsys, minutes, budget):
     seen = []
