@@ -10,8 +10,8 @@ that takes half as long as PyTorch's fused kernel. On a GPU, the fused kernel re
 without bfloat16, the fused kernel is faster as well: add --fused_attention.
 
 A model that has read its text several times is too sure of itself on a new one. Dividing the
-logits by a number a little above 1 makes up for much of that (Guo et al. 2017): --calibration.
-It was chosen on the validation split, as all the other settings were.
+logits by a number a little above 1, --calibration, makes up for much of that (Guo et al. 2017).
+Like all the settings in BUDGETS, that number was chosen on the validation split.
 
 A run by the clock isn't reproducible to the bit, because no two runs get equally far. One with
 --max_iters is, also together with --minutes, which then only chooses the sizes.
