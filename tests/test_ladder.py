@@ -307,6 +307,7 @@ COURSE = {
             "MultiHeadAttention.__init__",
             "MultiHeadAttention.forward",
             "LanguageModel.forward",
+            "orthogonalise",
             "learning_rate_at",
             "train",
             "main",
