@@ -8,7 +8,7 @@ measurements have filled, since more time pays off best in a larger model.
 Time is what counts here, so attention is written out again, as in v5_gpt.py: on a CPU in bfloat16,
 that takes half as long as PyTorch's fused kernel. On a GPU, the fused kernel remains. On a CPU
 without bfloat16, the fused kernel is faster as well: add --fused_attention. There, --compile makes
-a step shorter by a fifth, from the second run on; the first one compiles for a minute.
+steps shorter by 9 to 23%, from the second run on; the first one compiles for a minute.
 
 A model that has read its text several times is too sure of itself on a new one. Dividing the
 logits by a number a little above 1, --calibration, makes up for much of that (Guo et al. 2017).
