@@ -20,7 +20,7 @@ A run by the clock isn't reproducible to the bit, because no two runs get equall
 New here: BUDGETS, progress_at, plain_attention, a faster orthogonalise, and --calibration.
 Run it:   python v9f_speedrun.py --minutes 2
 Expect:   a validation loss of about 1.5 in the time that v5_gpt.py takes to reach 1.68, and of
-          about 1.43 in ten times as long.
+          about 1.44 in three times as long.
 Diff:     git diff --no-index v9j_tricks.py v9f_speedrun.py
 """
 

@@ -56,17 +56,18 @@ def test_dropped_weights_are_zero():
 # ---- the iteration of Muon
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fewer_passes_over_memory_give_the_same_update(monkeypatch, dtype):
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: dtype == torch.bfloat16)
+@pytest.mark.parametrize("shape", [(3, 16, 16), (2, 16, 40), (2, 40, 16)])
+def test_one_call_for_product_and_sum_gives_the_same_update(monkeypatch, shape):
+    """In bfloat16, it rounds less often, and so comes closer to the result in float32."""
     torch.manual_seed(1)
-    for shape in ((3, 16, 16), (2, 16, 40), (2, 40, 16)):
-        matrices = torch.randn(shape)
-        tolerance = 1e-5 if dtype == torch.float32 else 0.03
-        expected = v9j.orthogonalise(matrices)
-        torch.testing.assert_close(
-            v9f.orthogonalise(matrices), expected, atol=tolerance, rtol=tolerance
-        )
+    matrices = torch.randn(shape)
+    monkeypatch.setattr(data, "supports_bfloat16", lambda device: False)
+    exact = v9j.orthogonalise(matrices)
+    torch.testing.assert_close(v9f.orthogonalise(matrices), exact, atol=1e-5, rtol=1e-5)
+    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    old_error = (v9j.orthogonalise(matrices) - exact).norm()
+    new_error = (v9f.orthogonalise(matrices) - exact).norm()
+    assert 0 < new_error < old_error
 
 
 # ---- calibration
