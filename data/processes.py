@@ -59,6 +59,9 @@ def joined_processes() -> Iterator[None]:
     distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
     try:
         yield
+        # A process that exits while a thread of gloo still frees its last tensor is aborted
+        # (https://github.com/pytorch/pytorch/issues/190489). Waiting for the others takes longer.
+        distributed.barrier()
     except RuntimeError as error:
         if not is_lost_connection(error):
             unmute()

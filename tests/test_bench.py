@@ -1,8 +1,6 @@
 """The bench: what a turn measures, the table of medians, and its command line."""
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -12,7 +10,6 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 import v2_single_head
 import v6b_fast
 from lab import bench
-from lab.ladder import ROOT
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
 FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
@@ -103,21 +100,18 @@ def test_the_table_has_medians_and_ratios():
     assert row == "| `v6b_fast` | float32 | 400 | 1 to 500 | - | 40% | - |"
 
 
-def test_a_run_writes_what_it_prints(tmp_path):
+def test_a_run_writes_what_it_prints(tmp_path, capsys):
     out = tmp_path / "new" / "out"
-    command = [sys.executable, "lab/bench.py", *FLAGS, "--models", "v5_gpt, v5_gpt"]
-    command += ["--writers", "v7b_kv_cache"]
-    done = subprocess.run(
-        [*command, "--out", str(out)], cwd=ROOT, capture_output=True, encoding="utf-8", timeout=100
-    )
-    assert done.returncode == 0, done.stderr
+    more = ["--models", "v5_gpt, v5_gpt", "--writers", "v7b_kv_cache", "--out", str(out)]
+    bench.main([*FLAGS, *more])
+    printed, err = capsys.readouterr()
     written = (out / "bench.md").read_text(encoding="utf-8")
-    assert written in done.stdout
+    assert written in printed
     rows = [row for row in written.splitlines() if "`" in row]
     starts = ["| `v5_gpt` | float32 | ", "| 1 | `v7b_kv_cache` | ", "| 16 | `v7b_kv_cache` | "]
     assert len(rows) == 3
     assert all(row.startswith(start) for row, start in zip(rows, starts, strict=True))
-    assert "3/3" in done.stderr
+    assert "3/3" in err
 
 
 @pytest.mark.parametrize("name", bench.WRITERS)
