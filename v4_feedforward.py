@@ -18,14 +18,14 @@ import math
 import sys
 from dataclasses import dataclass
 
-import data
-from data import setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
 
 
 @dataclass

@@ -1,46 +1,19 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
-The rest of this package is plumbing: corpora.py finds the text, flags.py reads the command line,
-hardware.py knows what the hardware can do, checkpoints.py writes files that survive a crash,
-token_files.py and prepare.py keep texts as files of token ids, pretrained.py and llama.py handle
-the files of transformers, processes.py connects torchrun's processes, and loading.py imports
-PyTorch.
+Beside it, corpora.py finds the text and flags.py reads the command line. That is all that part 1
+of the course needs. From part 4 on, token_files.py and prepare.py keep texts as files of token ids,
+which files.py writes.
 """
-
-from data import loading  # noqa: F401, before anything else that imports PyTorch
-from data.checkpoints import (
-    describe_run,
-    find_checkpoint,
-    load_averages,
-    load_weights,
-    read_checkpoint,
-    running,
-    stop_requested,
-    write_checkpoint,
-    write_log,
-)
-from data.corpora import load_text
-from data.flags import InputError, command_line, read_flags, setting
-from data.hardware import check_compiler, has_triton, keep_freed_memory, supports_bfloat16
-from data.processes import device_of_process, joined_processes, n_processes, process_rank
-from data.token_files import (
-    TokenFile,
-    checksum,
-    choose_tokenizer,
-    load_splits,
-    load_tokens,
-)
 
 import numpy as np
 import torch
 
+from data.corpora import load_text
+from data.flags import InputError, command_line, read_flags, setting
+
 __all__ = [
-    "CharTokenizer", "InputError", "TokenFile", "check_compiler", "checksum", "choose_tokenizer",
-    "command_line", "describe_run", "device_of_process", "find_checkpoint", "get_batch",
-    "get_windows", "has_triton", "joined_processes", "keep_freed_memory", "load_averages",
-    "load_splits", "load_text", "load_tokens", "load_weights", "n_processes", "process_rank",
-    "read_checkpoint", "read_flags", "running", "setting", "split", "stop_requested",
-    "supports_bfloat16", "write_checkpoint", "write_log",
+    "CharTokenizer", "InputError", "command_line", "get_batch", "get_windows", "load_text",
+    "read_flags", "setting", "split",
 ]
 
 
@@ -72,11 +45,12 @@ class CharTokenizer:
 
 
 def split(
-    tokens: list[int] | np.ndarray | TokenFile, block_size: int, name: str = "corpus"
+    tokens: list[int] | np.ndarray, block_size: int, name: str = "corpus"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The first 90% of the tokens for training and the last 10% for validation, as uint16.
+    """The first 90% of the tokens for training and the last 10% for validation.
 
-    Parts of a TokenFile are TokenFiles, which can be indexed like arrays.
+    A list becomes an array of uint16; an array keeps its dtype, and so does a TokenFile of
+    token_files.py, which can be cut and indexed like an array.
 
     Raises InputError, with the name of the corpus, if the last 10% are too short for a window and
     its targets.

@@ -28,13 +28,7 @@ def terminate(*_: Any) -> None:
 
 @contextmanager
 def command_line() -> Iterator[None]:
-    """Run the block inside; report a user's mistake in one line and exit with status 2.
-
-    Of several processes started by torchrun, only the first prints.
-    """
-    from data.processes import mute  # here, because processes.py imports this file
-
-    mute()
+    """Run the block inside; report a user's mistake in one line and exit with status 2."""
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")

@@ -1,7 +1,7 @@
-"""Encode texts of any size into one file of GPT-2's token ids, which v8a and later train on.
+"""Encode texts of any size into one file of GPT-2's token ids, which v8b and later train on.
 
 Run it:   python -m data.prepare novel.txt letters.txt --out corpus.bin
-          python v8a_bpe.py --data corpus.bin
+          python part4_gpt2/v8b_gpt2_tokens.py --data corpus.bin
 
 A file of ids from elsewhere, as nanoGPT's scripts write them, only needs a description:
           python -m data.prepare --adopt train.bin

@@ -16,13 +16,13 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import data
-from data.checkpoints import replace_file
-from data.corpora import load_text, reading
-from data.flags import InputError
-
 import numpy as np
 from tqdm import tqdm
+
+import data
+from data.corpora import load_text, reading
+from data.files import replace_file
+from data.flags import InputError
 
 DTYPE = np.dtype("<u2")  # uint16, little-endian on every machine
 N_VOCAB = 50_257  # tokens of GPT-2
@@ -170,7 +170,7 @@ def read_pieces(path: Path, flag: str) -> Iterator[str]:
 
 def load_encoding() -> Any:
     """GPT-2's encoding from tiktoken, which downloads its files once; InputError if it can't."""
-    import tiktoken  # here, because only v8a and later need it
+    import tiktoken  # here, because only v8b and later need it
 
     try:
         return tiktoken.get_encoding("gpt2")

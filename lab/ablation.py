@@ -19,15 +19,14 @@ from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import data
-from data import setting
-
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import data
 import v5_gpt
+from data import setting
 from lab.evaluate import whole_loss
 
 SMALL_TEXT = 100_000  # characters; v5's CPU defaults go through them 55 times

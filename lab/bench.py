@@ -12,7 +12,6 @@ Run it:   python lab/bench.py
 Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
 """
 
-import importlib
 import os
 import platform
 import sys
@@ -28,9 +27,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import data
-from data import setting
-
 import numpy as np
 import torch
 from torch import nn
@@ -38,8 +34,10 @@ from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from tqdm import tqdm
 
-import v6b_fast
-from lab.ladder import SCRIPTS
+import data
+from data import setting
+from lab.ladder import SCRIPTS, load
+from part2_training import v6b_fast
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
@@ -162,7 +160,7 @@ def config_of(script: Any, cfg: Config) -> Any:
 
 def take_turn(name: str, cfg: Config) -> Turn:
     """Train a new model for 1 + steps steps in this process, and time all but the first."""
-    script = v6b_fast if name in REFERENCES else importlib.import_module(name)
+    script = v6b_fast if name in REFERENCES else load(name)
     script_cfg = config_of(script, cfg)
     make, train = script.LanguageModel, script.train
     if name in REFERENCES:
@@ -179,7 +177,7 @@ def take_turn(name: str, cfg: Config) -> Turn:
 
     def note_time(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not isinstance(optimizer, torch.optim.AdamW):
-            return  # in v9e, AdamW follows Muon in each step
+            return  # in v10a, AdamW follows Muon in each step
         if cfg.device.startswith("cuda") and len(times) in (0, cfg.steps):
             torch.cuda.synchronize(cfg.device)
         times.append(time.perf_counter())
@@ -237,7 +235,7 @@ def matmul_rate(dtype: str, device: str) -> float:
 
 def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
     """Generate num_samples texts from one token each: (tokens/s, dtype)."""
-    script = v6b_fast if name == "transformers" else importlib.import_module(name)
+    script = v6b_fast if name == "transformers" else load(name)
     make = Reference if name == "transformers" else script.LanguageModel
     torch.manual_seed(0)
     config = config_of(script, cfg)

@@ -12,7 +12,6 @@ Run it:   python lab/compare.py
 Writes:   lab/out/compare.md, a table of losses and times and samples, and compare.png, the curves.
 """
 
-import importlib
 import json
 import platform
 import sys
@@ -23,23 +22,22 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import data
-from data import setting
-from data.flags import make_parser
-
 import matplotlib
 import numpy as np
 import torch
 from tqdm import tqdm
 
-import v9d_gqa
+import data
+from data import setting
+from data.flags import make_parser
 from lab.evaluate import whole_loss
-from lab.ladder import PARENTS, SCRIPTS, changed_lines
+from lab.ladder import PARENTS, SCRIPTS, changed_lines, load, part_of
+from part5_modern import v9d_gqa
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
 
-ON_CHARACTERS = ",".join(name for name in SCRIPTS if not name.startswith("v8"))
+ON_CHARACTERS = ",".join(name for name in SCRIPTS if part_of(name) != 4)
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Result:
 def config_of(name: str, cfg: Config, given: dict[str, Any]) -> Any:
     """A script's Config with the shared settings and the given flags, as far as it has them."""
     shared = {key: getattr(cfg, key) for key in SHARED}
-    script = importlib.import_module(name)
+    script = load(name)
     return data.read_flags(script.Config, "", [], saved={**shared, **given})
 
 
@@ -84,7 +82,7 @@ def train_script(
     val_data: np.ndarray,
 ) -> Result:
     """Train one script and sample from it; val_loss is over the whole of val_data."""
-    script = importlib.import_module(name)
+    script = load(name)
     torch.manual_seed(cfg.seed)
     model = script.LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
@@ -197,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer.encode(cfg.prompt)
         configs = {name: config_of(name, cfg, given) for name in names}
         for name in names:
-            importlib.import_module(name).LanguageModel(configs[name], tokenizer.n_vocab)
+            load(name).LanguageModel(configs[name], tokenizer.n_vocab)
         markdown, picture = Path(cfg.out) / "compare.md", Path(cfg.out) / "compare.png"
         try:
             markdown.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import numpy as np
 from torch import nn
 
-import v6c_recipe
+from part2_training import v6c_recipe
 
 
 def whole_loss(model: nn.Module, tokens: np.ndarray, cfg: Any) -> float:

@@ -7,9 +7,11 @@ Run it:   python lab/ladder.py            prints the tree
 import argparse
 import ast
 import difflib
+import importlib
 import re
 import sys
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
@@ -17,6 +19,13 @@ import data
 from data.flags import Parser
 
 ROOT = Path(__file__).resolve().parent.parent
+
+# The folder of each part, and the part of each version.
+FOLDERS = {
+    1: "", 2: "part2_training", 3: "part3_generation", 4: "part4_gpt2", 5: "part5_modern",
+    6: "part6_speedrun", 7: "part7_released",
+}  # fmt: skip
+PART_OF_VERSION = {"v6": 2, "v7": 3, "v8": 4, "v9": 5, "v10": 6, "v11": 7}
 
 # The parent is the script that the lesson's diff is read against. Parents come before children.
 PARENTS = {
@@ -31,28 +40,44 @@ PARENTS = {
     "v6d_checkpoints": "v6c_recipe",
     "v7a_sampling": "v6d_checkpoints",
     "v7b_kv_cache": "v7a_sampling",
-    "v8a_bpe": "v7b_kv_cache",
-    "v8b_gpt2": "v8a_bpe",
-    "v8c_pretrained": "v8b_gpt2",
-    "v8d_distributed": "v8c_pretrained",
+    "v8b_gpt2_tokens": "v7b_kv_cache",
+    "v8c_gpt2": "v8b_gpt2_tokens",
+    "v8d_gpt2_weights": "v8c_gpt2",
+    "v8e_distributed": "v8d_gpt2_weights",
     "v9a_rmsnorm": "v7b_kv_cache",
     "v9b_rope": "v9a_rmsnorm",
     "v9c_swiglu": "v9b_rope",
     "v9d_gqa": "v9c_swiglu",
-    "v9e_muon": "v9d_gqa",
-    "v9j_tricks": "v9e_muon",
-    "v9f_speedrun": "v9j_tricks",
-    "v9g_llama": "v9d_gqa",
-    "v9h_tokenizer": "v9g_llama",
-    "v9i_pretrained": "v9h_tokenizer",
+    "v10a_muon": "v9d_gqa",
+    "v10b_tricks": "v10a_muon",
+    "v10c_speedrun": "v10b_tricks",
+    "v11a_llama": "v9d_gqa",
+    "v11b_tokenizer": "v11a_llama",
+    "v11c_llama_weights": "v11b_tokenizer",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]
 
 
+def part_of(script: str) -> int:
+    """The number of the part of the course that a script belongs to."""
+    version = re.match(r"v\d+", script)
+    return PART_OF_VERSION.get(version[0], 1) if version else 1
+
+
+def path_of(script: str) -> Path:
+    """The path of a script's file, seen from the root of the course."""
+    return Path(FOLDERS[part_of(script)], f"{script}.py")
+
+
+def load(script: str) -> ModuleType:
+    """The module of a script."""
+    return importlib.import_module(".".join(path_of(script).with_suffix("").parts))
+
+
 def source(script: str) -> str:
     """The text of a script's file."""
-    return read(ROOT / f"{script}.py")
+    return read(ROOT / path_of(script))
 
 
 def read(path: Path) -> str:
@@ -115,7 +140,7 @@ def tree() -> str:
     for script, parent in PARENTS.items():
         depth[script] = depth[parent] + 1
         count = f"  {changed_lines(parent, script)} changed lines" if parent else ""
-        lines.append("  " * depth[script] + f"{script}.py{count}")
+        lines.append("  " * depth[script] + f"{path_of(script).as_posix()}{count}")
     return "\n".join(lines)
 
 
@@ -125,7 +150,8 @@ def update_counts(readme: str) -> str:
     Raises data.InputError if a script has no row in the table.
     """
     for parent, child in PAIRS:
-        row = re.compile(rf"^(\| \[{child}\.py\]\({child}\.py\) \| [^|]+ \| )\d+ \|", re.MULTILINE)
+        link = re.escape(f"[{child}.py]({path_of(child).as_posix()})")
+        row = re.compile(rf"^(\| {link} \| [^|]+ \| )\d+ \|", re.MULTILINE)
         readme, count = row.subn(rf"\g<1>{changed_lines(parent, child)} |", readme)
         if count != 1:
             raise data.InputError(f"README.md: {child}.py needs one row in the table of the course")

@@ -29,10 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import data
 from data import setting
 from data.corpora import SHAKESPEARE
-
 from lab.bench import names_in
 from lab.compare import draw
-from lab.ladder import PARENTS, ROOT, SCRIPTS, changed_lines, read, source
+from lab.ladder import PARENTS, ROOT, SCRIPTS, changed_lines, part_of, read, source
 from lab.web import diffs, lessons, runs
 from lab.web.curves import loss_curve
 from lab.web.runs import LIVE, SAME_TRAINING, Result
@@ -44,7 +43,9 @@ PARTS = {
     2: ("Training for real", "The same model, trained faster and better, and safe to stop."),
     3: ("Generating text", "How to choose the next character, and how to do it fast."),
     4: ("GPT-2", "Its tokens, its architecture, its released weights, and its large batches."),
-    5: ("Since GPT-2", "What has changed since, and the released models of today."),
+    5: ("Since GPT-2", "What has changed in the architecture since."),
+    6: ("The speedrun", "The lowest loss that two CPU cores reach in a few minutes."),
+    7: ("Released models", "The settings, tokens and weights of Llama, SmolLM2 and Qwen3."),
 }
 # The strip "Is this text normal?": runs from the worst to the best, and what to see in each text.
 STRIP = {
@@ -56,12 +57,12 @@ STRIP = {
     "v5_gpt-1000": "Many words are English, others only sound like it.",
     "v5_gpt": "A whole run. Names, colons and speeches; most words are English, no sentence is.",
     "v6c_recipe": "The same model, trained with a better recipe.",
-    "v9e_muon": "Fewer invented words, and phrases that hold for a few words.",
-    "v9f_speedrun": "A larger model with longer windows, and fewer steps.",
+    "v10a_muon": "Fewer invented words, and phrases that hold for a few words.",
+    "v10c_speedrun": "A larger model with longer windows, and fewer steps.",
 }
 # Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
 # part 4 is per token of several characters.
-NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8a_bpe", "v8b_gpt2", "v8d_distributed"]
+NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8b_gpt2_tokens", "v8c_gpt2", "v8e_distributed"]
 
 
 @dataclass
@@ -83,11 +84,6 @@ class Config:
 SHARED = ["data", "prompt", "max_iters"]
 
 
-def part_of(script: str) -> int:
-    """The number of the part of the course that a script belongs to."""
-    return {"6": 2, "7": 3, "8": 4, "9": 5}.get(script[1], 1)
-
-
 def checksum(script: str) -> str:
     """What the page says about the text of a script, to find out later if it has changed."""
     return hashlib.sha256(source(script).encode()).hexdigest()[:16]
@@ -95,7 +91,7 @@ def checksum(script: str) -> str:
 
 def ideas() -> dict[str, str]:
     """The idea of each script in a few words, from the table in README.md."""
-    row = r"^\| \[(\w+)\.py\]\(\1\.py\) \| ([^|]+) \|"
+    row = r"^\| \[(\w+)\.py\]\([\w/]*\1\.py\) \| ([^|]+) \|"
     return dict(re.findall(row, read(ROOT / "README.md"), flags=re.MULTILINE))
 
 
@@ -243,7 +239,7 @@ def probe_links(command: str) -> str:
 
 
 def course(results: dict[str, Result]) -> str:
-    """The five parts, each with its scripts and its exercises, as HTML."""
+    """The parts of the course, each with its scripts and its exercises, as HTML."""
     preface, by_part = lessons.exercises()
     result = []
     for part, (title, what) in PARTS.items():

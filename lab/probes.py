@@ -25,7 +25,6 @@ Writes:   lab/out/probes.md, tables of the results, and probes.png, a picture of
 """
 
 import copy
-import importlib
 import math
 import multiprocessing
 import os
@@ -43,9 +42,6 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import data
-from data import setting
-
 import matplotlib
 import numpy as np
 import torch
@@ -53,10 +49,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+import data
 import v5_gpt
+from data import setting
 from lab.ablation import remove_layer_norm, remove_residuals
 from lab.bench import names_in
-from lab.ladder import read, write
+from lab.ladder import load, read, write
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
@@ -264,7 +262,7 @@ def make_model(cell: Cell, device: str) -> nn.Module:
     """The model of a cell; 32 wide, with 1 head and 1 layer, unless its settings say otherwise."""
     task = TASKS[cell.task]
     sizes = {"block_size": task.block_size, "n_embd": 32, "n_head": 1, "n_layer": 1, "dropout": 0.0}
-    script = importlib.import_module(cell.script)
+    script = load(cell.script)
     cfg = data.read_flags(script.Config, "", ["--device", device], saved=sizes | cell.settings)
     model = script.LanguageModel(cfg, task.vocab_size)
     if POSITIONS in cell.without:

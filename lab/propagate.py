@@ -11,7 +11,7 @@ lines. Leave that script out with --skip, edit it by hand, and run this program 
 Commit before you edit the same lines again: the difference is taken from the last commit.
 
 Run it:   python lab/propagate.py v2_single_head.py
-          python lab/propagate.py v2_single_head.py --skip v8a_bpe.py
+          python lab/propagate.py part2_training/v6b_fast.py --skip v8b_gpt2_tokens
 """
 
 import argparse
@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 
 import data
 from data.flags import Parser
-
-from lab.ladder import PARENTS, ROOT, read, split_docstring, write
+from lab.ladder import PARENTS, ROOT, path_of, read, split_docstring, write
 
 
 def committed(root: Path, script: str) -> str:
     """The text of a script in the last commit; raises data.InputError if it isn't there."""
-    command = ["git", "show", f"HEAD:./{script}.py"]
+    command = ["git", "show", f"HEAD:./{path_of(script).as_posix()}"]
     done = subprocess.run(command, cwd=root, capture_output=True, encoding="utf-8")
     if done.returncode != 0:
-        raise data.InputError(f"{script}.py: no committed version to compare with ({done.stderr})")
+        why = f"no committed version to compare with ({done.stderr})"
+        raise data.InputError(f"{path_of(script)}: {why}")
     return done.stdout.replace("\r\n", "\n")
 
 
@@ -101,11 +101,11 @@ def propagate(
     out. Raises data.InputError, naming the file and the lines, if a merge has a conflict.
     """
     before = {script: committed(root, script)}
-    after = {script: read(root / f"{script}.py")}
+    after = {script: read(root / path_of(script))}
     for child, parent in parents.items():  # parents come before their children
         if parent not in after or child in skip:
             continue
-        before[child] = read(root / f"{child}.py")
+        before[child] = read(root / path_of(child))
         docstring, code = split_docstring(child, before[child])
         _, parent_before = split_docstring(parent, before[parent])
         _, parent_after = split_docstring(parent, after[parent])
@@ -114,8 +114,8 @@ def propagate(
             above = docstring.count("\n")
             lines = ", ".join(f"{above + first}-{above + last}" for first, last in conflicts)
             raise data.InputError(
-                f"{child}.py, lines {lines}: in conflict with the change in {parent}.py; nothing "
-                f"was written. Use --skip {child}.py, edit it by hand, then run this on it"
+                f"{path_of(child)}, lines {lines}: in conflict with the change in {parent}.py; "
+                f"nothing was written. Use --skip {child}, edit it by hand, then run this on it"
             )
         after[child] = docstring + merged
     del after[script]
@@ -131,10 +131,10 @@ def count_changes(old: str, new: str) -> str:
 
 
 def script_name(typed: str) -> str:
-    """The name of a script in the tree, from v5_gpt or v5_gpt.py; data.InputError for others."""
+    """The name of a script in the tree, from its name or its path; data.InputError for others."""
     path = Path(typed)
     name = path.name.removesuffix(".py")
-    is_elsewhere = path.parent != Path() and path.parent.resolve() != ROOT
+    is_elsewhere = path.parent != Path() and path.parent.resolve() != (ROOT / path_of(name)).parent
     if name not in PARENTS or is_elsewhere:
         raise data.InputError(f"{typed}: not a script of the course ({', '.join(PARENTS)})")
     return name
@@ -151,14 +151,15 @@ def main(argv: list[str] | None = None) -> None:
         args = parser.parse_args(argv)
         script = script_name(args.script)
         skip = [script_name(name) for name in args.skip]
-        if committed(ROOT, script) == read(ROOT / f"{script}.py"):
-            raise data.InputError(f"{script}.py: the same as in the last commit; edit it first")
+        if committed(ROOT, script) == read(ROOT / path_of(script)):
+            why = "the same as in the last commit; edit it first"
+            raise data.InputError(f"{path_of(script)}: {why}")
         changed = propagate(ROOT, PARENTS, script, skip)
-        paths = {child: ROOT / f"{child}.py" for child in changed}
+        paths = {child: ROOT / path_of(child) for child in changed}
         counts = {child: count_changes(read(paths[child]), changed[child]) for child in changed}
         write({paths[child]: changed[child] for child in changed})
         for child, count in counts.items():
-            print(f"{child}.py: {count}")
+            print(f"{path_of(child)}: {count}")
         if not changed:
             print("no descendant needed a change")
 

@@ -1,4 +1,4 @@
-"""released.py: the speed and memory of released models in v9i_pretrained.py and in transformers.
+"""released.py: the speed and memory of released models in v11c and in transformers.
 
 The weights are random, so nothing is downloaded: this makes a folder with the settings of a
 released model, and both programs load it and continue the same prompt greedily. They take turns,
@@ -21,14 +21,14 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import data
-from data import llama, setting
-
 import torch
 from tqdm import tqdm
 
-import v9i_pretrained as v9i
+import data
+from data import setting
 from lab.bench import be_quiet, peak_memory
+from part7_released import v11c_llama_weights as v11c
+from support import llama_files
 
 # The sizes in the config.json of each model on the Hugging Face hub.
 MODELS = {
@@ -45,7 +45,7 @@ MODELS = {
         "max_position_embeddings": 40_960, "tie_word_embeddings": True,
     },
 }
-PROGRAMS = ["v9i_pretrained", "transformers"]
+PROGRAMS = ["v11c_llama_weights", "transformers"]
 PROMPT_LENGTH = 16  # tokens
 
 
@@ -98,10 +98,10 @@ def take_turn(program: str, folder: Path, cfg: Config) -> Turn:
         def generate(n: int) -> torch.Tensor:
             return model.generate(idx, max_new_tokens=n, pad_token_id=0, **how)
     else:
-        released = llama.read_config(folder)
-        settings = v9i.read_settings(released, ["--device", cfg.device, "--temperature", "0"])
+        released = llama_files.read_config(folder)
+        settings = v11c.read_settings(released, ["--device", cfg.device, "--temperature", "0"])
         dtype = released["dtype_of_files"]
-        model = v9i.load_released(folder, settings, vocab_size, dtype).to(cfg.device).eval()
+        model = v11c.load_released(folder, settings, vocab_size, dtype).to(cfg.device).eval()
 
         def generate(n: int) -> torch.Tensor:
             return model.generate(idx, n)
@@ -150,10 +150,10 @@ def main(argv: list[str] | None = None) -> None:
                 with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
                     result = process.submit(take_turn, program, folder, cfg).result()
                 turns[program].append(result)
-            released = llama.read_config(folder)
-            settings = v9i.read_settings(released, ["--device", "cpu"])
+            released = llama_files.read_config(folder)
+            settings = v11c.read_settings(released, ["--device", "cpu"])
         with torch.device("meta"):
-            model = v9i.LanguageModel(settings, released["vocab_size"])
+            model = v11c.LanguageModel(settings, released["vocab_size"])
         print(table(turns, sum(p.numel() for p in model.parameters()), cfg))
 
 

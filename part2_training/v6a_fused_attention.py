@@ -14,23 +14,23 @@ On a CPU, the fused kernel has no dropout, so with dropout, attention needs T * 
 The same seed gives other initial weights than v5's, because they are drawn as one matrix.
 
 New here: query_key_value and scaled_dot_product_attention, which replace Head.
-Run it:   python v6a_fused_attention.py
+Run it:   python part2_training/v6a_fused_attention.py
 Expect:   a validation loss of about 1.68 with the CPU defaults, as in v5_gpt.py, but sooner.
-Diff:     git diff --no-index v5_gpt.py v6a_fused_attention.py
+Diff:     git diff --no-index v5_gpt.py part2_training/v6a_fused_attention.py
 """
 
 import math
 import sys
 from dataclasses import dataclass
 
-import data
-from data import setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
 
 
 @dataclass

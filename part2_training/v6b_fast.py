@@ -16,10 +16,10 @@ The log now shows tokens/s, not counting loss estimates and the first step, in w
 compiled.
 
 New here: choose_dtype, autocast, get_batch, --dtype, --compile, fused=True, tokens/s in the log.
-Run it:   python v6b_fast.py
+Run it:   python part2_training/v6b_fast.py
 Expect:   a validation loss of about 1.69 with the CPU defaults, and 1.68 in v6a_fused_attention.py:
           two seeds differ by as much.
-Diff:     git diff --no-index v6a_fused_attention.py v6b_fast.py
+Diff:     git diff --no-index part2_training/v6a_fused_attention.py part2_training/v6b_fast.py
 """
 
 import math
@@ -27,14 +27,15 @@ import sys
 import time
 from dataclasses import dataclass
 
-import data
-from data import has_triton, setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
+from support import hardware
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
 
 
 def choose_dtype(cfg: Config) -> torch.dtype:
@@ -71,7 +72,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -253,10 +254,10 @@ def train(
 
     Raises data.InputError if a loss is no longer finite.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, fused=True)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     warming_up = True

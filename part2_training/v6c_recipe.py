@@ -17,9 +17,9 @@ to 0.3, which was better still; eval_iters rises to 75 on the CPU, for the whole
 
 New here: make_optimizer, learning_rate_at, clipping, loss estimates on fixed windows, and the
           loss in three units at the end.
-Run it:   python v6c_recipe.py
+Run it:   python part2_training/v6c_recipe.py
 Expect:   a validation loss of about 1.59 with the CPU defaults; v6b_fast.py reaches 1.69.
-Diff:     git diff --no-index v6b_fast.py v6c_recipe.py
+Diff:     git diff --no-index part2_training/v6b_fast.py part2_training/v6c_recipe.py
 """
 
 import math
@@ -27,14 +27,15 @@ import sys
 import time
 from dataclasses import dataclass, replace
 
-import data
-from data import has_triton, setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
+from support import hardware
 
 
 @dataclass
@@ -63,7 +64,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
 
@@ -73,7 +74,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -294,11 +295,11 @@ def train(
 
     Raises data.InputError if a loss is no longer finite.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     warming_up = True

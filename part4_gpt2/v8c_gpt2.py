@@ -1,6 +1,6 @@
-"""v8b_gpt2.py: the architecture of GPT-2, in all its sizes, and that of GPT-1.
+"""v8c_gpt2.py: the architecture of GPT-2, in all its sizes, and that of GPT-1.
 
-What GPT-2 (Radford et al. 2019) does differently from v8a:
+What GPT-2 (Radford et al. 2019) does differently from v8b:
 
 - GELU instead of ReLU (Hendrycks and Gimpel 2016): x * P(a standard normal variable < x). It is
   smooth, and lets a little of a negative x through. GPT-2 uses an approximation with tanh.
@@ -14,11 +14,11 @@ GPT-1 (Radford et al. 2018) normalises after each residual addition, not before 
 no final LayerNorm: --norm post.
 
 New here: --norm and --preset, whose sizes are defaults that any flag can change.
-Run it:   python v8b_gpt2.py
-          python v8b_gpt2.py --preset gpt1 --n_embd 96 --max_iters 100
-Expect:   5.04 nats per token or 2.360 bits per character; v8a_bpe.py, with 4.9 million more
+Run it:   python part4_gpt2/v8c_gpt2.py
+          python part4_gpt2/v8c_gpt2.py --preset gpt1 --n_embd 96 --max_iters 100
+Expect:   5.04 nats per token or 2.360 bits per character; v8b_gpt2_tokens.py, with 4.9 million more
           parameters, reaches 2.285. A model this small gains nothing from being GPT-2.
-Diff:     git diff --no-index v8a_bpe.py v8b_gpt2.py
+Diff:     git diff --no-index part4_gpt2/v8b_gpt2_tokens.py part4_gpt2/v8c_gpt2.py
 """
 
 import math
@@ -28,15 +28,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, setting
-
 import numpy as np
 import tiktoken
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting, token_files
+from support import checkpoints, hardware, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {
@@ -74,7 +75,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -125,7 +126,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -425,7 +426,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -480,7 +481,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -497,16 +498,16 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
-        data.load_averages(optimizer, state)
+        checkpoints.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -514,7 +515,7 @@ def train(
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if data.stop_requested():
+            if runs.stop_requested():
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 raise KeyboardInterrupt
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
@@ -544,7 +545,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -567,7 +568,7 @@ def train(
 
 
 def characters_per_token(
-    tokens: np.ndarray | data.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
+    tokens: np.ndarray | token_files.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
 ) -> float:
     """The mean length of a token in characters, over the first million tokens."""
     n = min(len(tokens), 1_000_000)
@@ -595,12 +596,12 @@ def main(argv: list[str] | None = None) -> None:
             cfg = data.read_flags(Config, __doc__, argv, saved=PRESETS[cfg.preset])
         state = None
         if cfg.resume or cfg.sample_only:
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 
-        cfg = replace(cfg, tokenizer=data.choose_tokenizer(cfg.tokenizer))
+        cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         text = ""
         if cfg.tokenizer == "char" and not cfg.sample_only:
             text = data.load_text(cfg.data)
@@ -621,17 +622,17 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if not cfg.sample_only:
-            train_data, val_data = data.load_splits(cfg, tokenizer, text)
-            corpus = data.checksum(train_data, val_data)
-            run = data.describe_run(cfg, __file__, tokenizer, corpus, state)
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            corpus = token_files.checksum(train_data, val_data)
+            run = runs.describe_run(cfg, __file__, tokenizer, corpus, state)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.running(run):
+            with runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             token_length = characters_per_token(val_data, tokenizer)
             print(f"validation loss {in_units(val_loss, token_length)}")

@@ -1,6 +1,6 @@
-"""v8c_pretrained.py: load GPT-2's released weights, fine-tune them, and export your own.
+"""v8d_gpt2_weights.py: load GPT-2's released weights, fine-tune them, and export your own.
 
-A model is its architecture and its weights. The architecture of v8b is that of GPT-2, so OpenAI's
+A model is its architecture and its weights. The architecture of v8c is that of GPT-2, so OpenAI's
 weights turn it into GPT-2, if each tensor finds its place: GPT2_NAMES has the names. The released
 models compute x @ W + b where nn.Linear computes x @ W.T + b, so matrices are transposed.
 
@@ -10,12 +10,12 @@ those of a new model, so that the weights don't forget what they know.
 The way back works too: an exported model loads in transformers and gives the same logits.
 
 New here: GPT2_NAMES, released_weights, load_released, and the settings of a released model.
-          data/pretrained.py downloads, reads and writes the files.
-Run it:   python v8c_pretrained.py --init_from gpt2 --sample_only --prompt "The meaning of life is"
-          python v8c_pretrained.py --init_from gpt2 --data my_novel.txt --batch_size 1
-          python v8c_pretrained.py --export out/my_gpt
-Expect:   the losses of v8b_gpt2.py, unless it starts from other weights.
-Diff:     git diff --no-index v8b_gpt2.py v8c_pretrained.py
+          support/gpt2_files.py downloads, reads and writes the files.
+Run it:   python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --sample_only --prompt "Life is"
+          python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --data my_novel.txt --batch_size 1
+          python part4_gpt2/v8d_gpt2_weights.py --export out/my_gpt
+Expect:   the losses of v8c_gpt2.py, unless it starts from other weights.
+Diff:     git diff --no-index part4_gpt2/v8c_gpt2.py part4_gpt2/v8d_gpt2_weights.py
 """
 
 import math
@@ -25,15 +25,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, pretrained, setting
-
 import numpy as np
 import tiktoken
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting, token_files
+from support import checkpoints, gpt2_files, hardware, model_files, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {
@@ -92,7 +93,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -145,7 +146,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -451,9 +452,8 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 def load_released(model: LanguageModel, folder: Path) -> None:
     """Copy the weights in a folder into the model; raises data.InputError if they don't fit."""
     own = released_weights(model)
-    released = pretrained.read_weights(folder, own)
-    for name, weight in own.items():
-        weight.copy_(released[name])
+    for name, weight in gpt2_files.read_weights(folder, own):
+        own[name].copy_(weight)
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -483,7 +483,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -538,7 +538,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -555,16 +555,16 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
-        data.load_averages(optimizer, state)
+        checkpoints.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -572,7 +572,7 @@ def train(
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if data.stop_requested():
+            if runs.stop_requested():
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 raise KeyboardInterrupt
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
@@ -602,7 +602,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -625,7 +625,7 @@ def train(
 
 
 def characters_per_token(
-    tokens: np.ndarray | data.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
+    tokens: np.ndarray | token_files.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
 ) -> float:
     """The mean length of a token in characters, over the first million tokens."""
     n = min(len(tokens), 1_000_000)
@@ -655,21 +655,20 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.init_from:
             if cfg.resume:
                 raise data.InputError("--init_from: can't start a run that --resume continues")
-            folder = pretrained.find_folder(cfg.init_from)
-            released = pretrained.read_config(folder)
+            folder = gpt2_files.find_folder(cfg.init_from)
+            released = gpt2_files.read_config(folder)
             cfg = read_settings(released, argv)
         elif cfg.resume or cfg.sample_only:
             export_to = cfg.export
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
             if cfg.sample_only:
                 cfg = replace(cfg, export=export_to)  # not again where the run has exported to
-        if cfg.export:
-            pretrained.check_export(Path(cfg.export))
+        model_files.check_export(cfg.export)
         torch.manual_seed(cfg.seed)
 
-        cfg = replace(cfg, tokenizer=data.choose_tokenizer(cfg.tokenizer))
+        cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         text = ""
         if cfg.tokenizer == "char" and not cfg.sample_only:
             text = data.load_text(cfg.data)
@@ -691,26 +690,26 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if released is not None:
-            pretrained.check_vocabulary(released, tokenizer)
+            gpt2_files.check_vocabulary(released, tokenizer)
             load_released(model, folder)
         if not cfg.sample_only:
-            train_data, val_data = data.load_splits(cfg, tokenizer, text)
-            corpus = data.checksum(train_data, val_data)
-            run = data.describe_run(cfg, __file__, tokenizer, corpus, state)
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            corpus = token_files.checksum(train_data, val_data)
+            run = runs.describe_run(cfg, __file__, tokenizer, corpus, state)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.running(run):
+            with runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             token_length = characters_per_token(val_data, tokenizer)
             print(f"validation loss {in_units(val_loss, token_length)}")
 
         if cfg.export:
-            pretrained.write_model(cfg, released_weights(model), tokenizer)
+            gpt2_files.write_model(cfg, released_weights(model), tokenizer)
             print(f"exported to {cfg.export}", file=sys.stderr)
         origin = f"of {cfg.init_from}" if state is None else f"after step {state['step']}"
         print(f"sampling with the weights {origin}", file=sys.stderr)

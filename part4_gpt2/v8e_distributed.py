@@ -1,4 +1,4 @@
-"""v8d_distributed.py: large batches, from small ones in turn and from several GPUs at once.
+"""v8e_distributed.py: large batches, from small ones in turn and from several GPUs at once.
 
 GPT-2 trains on half a million tokens per step, which fit into no GPU. The gradient of a mean is the
 mean of gradients, so the batch can be cut:
@@ -13,13 +13,13 @@ Each batch has its own random seed, which doesn't depend on the process that dra
 processes train the same model as one that accumulates twice as much, up to rounding.
 
 New here: grad_accum_steps, seed_batch, stop_requested and the inner loop of train.
-          data/processes.py connects the processes. Only the first of them prints and saves.
-Run it:   python v8d_distributed.py
-          python v8d_distributed.py --grad_accum_steps 2
-          torchrun --standalone --nproc_per_node=2 v8d_distributed.py --device cpu
-Expect:   4.95 nats per token or 2.315 bits per character. v8c_pretrained.py, which draws other
+          support/processes.py connects the processes. Only the first of them prints and saves.
+Run it:   python part4_gpt2/v8e_distributed.py
+          python part4_gpt2/v8e_distributed.py --grad_accum_steps 2
+          torchrun --standalone --nproc_per_node=2 part4_gpt2/v8e_distributed.py --device cpu
+Expect:   4.95 nats per token or 2.315 bits per character. v8d_gpt2_weights.py, which draws other
           random batches, reaches 5.04.
-Diff:     git diff --no-index v8c_pretrained.py v8d_distributed.py
+Diff:     git diff --no-index part4_gpt2/v8d_gpt2_weights.py part4_gpt2/v8e_distributed.py
 """
 
 import math
@@ -30,15 +30,16 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, pretrained, setting
-
 import numpy as np
 import tiktoken
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting, token_files
+from support import checkpoints, gpt2_files, hardware, model_files, processes, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {
@@ -97,7 +98,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -151,7 +152,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -457,9 +458,8 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
 def load_released(model: LanguageModel, folder: Path) -> None:
     """Copy the weights in a folder into the model; raises data.InputError if they don't fit."""
     own = released_weights(model)
-    released = pretrained.read_weights(folder, own)
-    for name, weight in own.items():
-        weight.copy_(released[name])
+    for name, weight in gpt2_files.read_weights(folder, own):
+        own[name].copy_(weight)
 
 
 def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
@@ -489,7 +489,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -534,7 +534,7 @@ def save_checkpoint(
     run: dict | None,
 ) -> None:
     """Write the state between two steps to the folder of the run; without a run, do nothing."""
-    if run is None or data.process_rank() > 0:
+    if run is None or processes.process_rank() > 0:
         return
     state = {
         **run,  # the folder, the script, the settings, the characters, a checksum of the text
@@ -544,7 +544,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -554,15 +554,15 @@ def wait_for(device: str) -> None:
 
 def seed_batch(cfg: Config, step: int, i: int) -> None:
     """Seed what is random about batch i of this process: its windows, and what dropout drops."""
-    index = i * data.n_processes() + data.process_rank()  # among all batches of the step
+    index = i * processes.n_processes() + processes.process_rank()  # among all batches of the step
     sequence = np.random.SeedSequence([cfg.seed, step, index])  # mixes numbers into a seed
     torch.manual_seed(int(sequence.generate_state(1)[0]))
 
 
 def stop_requested() -> bool:
     """Whether any process has been asked to stop. All get the same answer, and stop together."""
-    stop = torch.tensor(float(data.stop_requested()))  # ()
-    if data.n_processes() > 1:
+    stop = torch.tensor(float(runs.stop_requested()))  # ()
+    if processes.n_processes() > 1:
         distributed.all_reduce(stop)  # the sum over all processes
     return stop.item() > 0
 
@@ -576,21 +576,21 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     parallel_model = compiled_model
-    n_processes = data.n_processes()
+    n_processes = processes.n_processes()
     if n_processes > 1:
         parallel_model = nn.parallel.DistributedDataParallel(compiled_model)
     tokens_per_step = cfg.batch_size * cfg.block_size * cfg.grad_accum_steps * n_processes
     history = []
     first_step, log = 0, []
     if state is not None:
-        data.load_averages(optimizer, state)
+        checkpoints.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -604,7 +604,7 @@ def train(
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
             is_due = step % cfg.eval_interval == 0 or step == cfg.max_iters
             # The first process estimates the loss, and saves, for all of them.
-            if data.process_rank() == 0 and is_due and not is_known:
+            if processes.process_rank() == 0 and is_due and not is_known:
                 speed = 0.0  # tokens/s, unknown before the second step
                 if not warming_up and step > clock_step:
                     wait_for(cfg.device)
@@ -630,7 +630,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -660,7 +660,7 @@ def train(
 
 
 def characters_per_token(
-    tokens: np.ndarray | data.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
+    tokens: np.ndarray | token_files.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
 ) -> float:
     """The mean length of a token in characters, over the first million tokens."""
     n = min(len(tokens), 1_000_000)
@@ -682,6 +682,7 @@ def in_units(loss: float, token_length: float) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
     with data.command_line():
+        processes.mute()  # all but the first process, which would print the same
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.preset:
             # Now its sizes take the place of the defaults.
@@ -690,22 +691,21 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.init_from:
             if cfg.resume:
                 raise data.InputError("--init_from: can't start a run that --resume continues")
-            folder = pretrained.find_folder(cfg.init_from)
-            released = pretrained.read_config(folder)
+            folder = gpt2_files.find_folder(cfg.init_from)
+            released = gpt2_files.read_config(folder)
             cfg = read_settings(released, argv)
         elif cfg.resume or cfg.sample_only:
             export_to = cfg.export
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
             if cfg.sample_only:
                 cfg = replace(cfg, export=export_to)  # not again where the run has exported to
-        if cfg.export:
-            pretrained.check_export(Path(cfg.export))
+        model_files.check_export(cfg.export)
         torch.manual_seed(cfg.seed)
 
-        cfg = replace(cfg, device=data.device_of_process(cfg.device))
-        cfg = replace(cfg, tokenizer=data.choose_tokenizer(cfg.tokenizer))
+        cfg = replace(cfg, device=processes.device_of_process(cfg.device))
+        cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         text = ""
         if cfg.tokenizer == "char" and not cfg.sample_only:
             text = data.load_text(cfg.data)
@@ -727,28 +727,28 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if released is not None:
-            pretrained.check_vocabulary(released, tokenizer)
+            gpt2_files.check_vocabulary(released, tokenizer)
             load_released(model, folder)
         if not cfg.sample_only:
-            train_data, val_data = data.load_splits(cfg, tokenizer, text)
-            corpus = data.checksum(train_data, val_data)
-            run = data.describe_run(cfg, __file__, tokenizer, corpus, state)
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            corpus = token_files.checksum(train_data, val_data)
+            run = runs.describe_run(cfg, __file__, tokenizer, corpus, state)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.joined_processes(), data.running(run):
+            with processes.joined_processes(), runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            if data.process_rank() > 0:
+            if processes.process_rank() > 0:
                 return
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             token_length = characters_per_token(val_data, tokenizer)
             print(f"validation loss {in_units(val_loss, token_length)}")
 
         if cfg.export:
-            pretrained.write_model(cfg, released_weights(model), tokenizer)
+            gpt2_files.write_model(cfg, released_weights(model), tokenizer)
             print(f"exported to {cfg.export}", file=sys.stderr)
         origin = f"of {cfg.init_from}" if state is None else f"after step {state['step']}"
         print(f"sampling with the weights {origin}", file=sys.stderr)

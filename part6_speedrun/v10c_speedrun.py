@@ -1,4 +1,4 @@
-"""v9f_speedrun.py: the lowest loss within a given time.
+"""v10c_speedrun.py: the lowest loss within a given time.
 
 A schedule in steps has to know how fast the machine is. With --minutes, the clock takes the place
 of the step: progress is the fraction of the time that is over, so the learning rate reaches zero
@@ -18,10 +18,10 @@ A run by the clock isn't reproducible to the bit, because no two runs get equall
 --max_iters is, also together with --minutes, which then only chooses the sizes.
 
 New here: BUDGETS, progress_at, plain_attention, a faster orthogonalise, and --calibration.
-Run it:   python v9f_speedrun.py --minutes 2
+Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
 Expect:   a validation loss of about 1.5 in the time that v5_gpt.py takes to reach 1.68, and of
           about 1.44 in three times as long.
-Diff:     git diff --no-index v9j_tricks.py v9f_speedrun.py
+Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
 import math
@@ -31,14 +31,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
+from support import checkpoints, hardware, runs
 
 # The settings of runs by the clock, the best that trials on two CPU cores found.
 SHORT = {
@@ -84,7 +85,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of the blocks' matrices", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -123,7 +124,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -517,7 +518,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -532,7 +533,7 @@ def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
     """Bring the singular values of matrices, float (n, rows, columns), close to 1; same shape."""
     # The iteration needs singular values of at most 1, and none is larger than the norm.
     x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # (n, rows, columns)
-    if data.supports_bfloat16(x.device.type):
+    if hardware.supports_bfloat16(x.device.type):
         x = x.bfloat16()  # (n, rows, columns)
     is_tall = x.shape[1] > x.shape[2]
     if is_tall:
@@ -639,7 +640,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -656,17 +657,17 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizers = make_optimizers(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
         for i, optimizer in enumerate(optimizers):
-            data.load_averages(optimizer, {**state, "optimizer": state["optimizer"][i]})
+            checkpoints.load_averages(optimizer, {**state, "optimizer": state["optimizer"][i]})
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -679,7 +680,7 @@ def train(
             elapsed = time.perf_counter() - start
             if run is not None:
                 run["seconds"] = elapsed  # for the checkpoint
-            if data.stop_requested():
+            if runs.stop_requested():
                 save_checkpoint("latest.pt", model, optimizers, step, log, run)
                 raise KeyboardInterrupt
             progress = progress_at(step, elapsed, cfg)
@@ -716,7 +717,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizers, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -762,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
             cfg = data.read_flags(Config, __doc__, argv, saved=settings)
         state = None
         if cfg.resume or cfg.sample_only:
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
@@ -782,16 +783,16 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if not cfg.sample_only:
-            run = data.describe_run(cfg, __file__, tokenizer, text, state)
+            run = runs.describe_run(cfg, __file__, tokenizer, text, state)
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.running(run):
+            with runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             print(f"validation loss {in_units(val_loss)}")
 

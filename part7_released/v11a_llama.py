@@ -1,4 +1,4 @@
-"""v9g_llama.py: the rest of the architecture of Llama and Qwen3.
+"""v11a_llama.py: the rest of the architecture of Llama and Qwen3.
 
 The released models of today are v9d with a few more settings:
 
@@ -15,10 +15,10 @@ The released models of today are v9d with a few more settings:
   that make at least four (high_freq_factor).
 
 New here: these settings, and head_size_of.
-Run it:   python v9g_llama.py
-          python v9g_llama.py --qk_norm --tie_word_embeddings --rope_theta 1000
+Run it:   python part7_released/v11a_llama.py
+          python part7_released/v11a_llama.py --qk_norm --tie_word_embeddings --rope_theta 1000
 Expect:   the losses of v9d_gqa.py, whose model this is without flags.
-Diff:     git diff --no-index v9d_gqa.py v9g_llama.py
+Diff:     git diff --no-index part5_modern/v9d_gqa.py part7_released/v11a_llama.py
 """
 
 import math
@@ -28,14 +28,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, setting
-
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
+from support import checkpoints, hardware, runs
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -103,7 +104,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -463,7 +464,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -518,7 +519,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -535,16 +536,16 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
-        data.load_averages(optimizer, state)
+        checkpoints.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -552,7 +553,7 @@ def train(
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if data.stop_requested():
+            if runs.stop_requested():
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 raise KeyboardInterrupt
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
@@ -582,7 +583,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -620,7 +621,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = data.read_flags(Config, __doc__, argv)
         state = None
         if cfg.resume or cfg.sample_only:
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
@@ -640,16 +641,16 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if not cfg.sample_only:
-            run = data.describe_run(cfg, __file__, tokenizer, text, state)
+            run = runs.describe_run(cfg, __file__, tokenizer, text, state)
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.running(run):
+            with runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             print(f"validation loss {in_units(val_loss)}")
 

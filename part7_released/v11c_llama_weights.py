@@ -1,22 +1,22 @@
-"""v9i_pretrained.py: load a released Llama, SmolLM2 or Qwen3, fine-tune it, and export your own.
+"""v11c_llama_weights.py: load a released Llama, SmolLM2 or Qwen3, fine-tune and export it.
 
-A released model has the architecture of v9g and the tokenizer of v9h. Its settings are in
-config.json; data/llama.py translates their names, and refuses a model that needs more than v9g has.
-The weights are in model.safetensors or, for larger models, in several such files. LLAMA_NAMES says
-where each tensor goes. The files have separate matrices for queries, keys and values; ours holds
-the rows of all three.
+A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
+config.json; support/llama_files.py translates their names, and refuses a model that needs more than
+v11a has. The weights are in model.safetensors or, for larger models, in several such files.
+LLAMA_NAMES says where each tensor goes. The files have separate matrices for queries, keys and
+values; ours holds the rows of all three.
 
 While sampling, the weights keep the dtype of the files, which is bfloat16 for most models and takes
 half as much memory as float32. They are copied one by one, so memory never holds all of them twice.
 Training needs float32.
 
 New here: LLAMA_NAMES, released_weights, load_released, and the settings of a released model.
-          data/llama.py downloads, reads and writes the files.
-Run it:   python v9i_pretrained.py --init_from HuggingFaceTB/SmolLM2-135M --sample_only
-          python v9i_pretrained.py --init_from Qwen/Qwen3-0.6B --data my_novel.txt --batch_size 1
-          python v9i_pretrained.py --export out/my_llama
-Expect:   without --init_from, the losses of v9g_llama.py.
-Diff:     git diff --no-index v9h_tokenizer.py v9i_pretrained.py
+          support/llama_files.py downloads, reads and writes the files.
+Run it:   python part7_released/v11c_llama_weights.py --init_from HuggingFaceTB/SmolLM2-135M
+          python part7_released/v11c_llama_weights.py --init_from Qwen/Qwen3-0.6B --sample_only
+          python part7_released/v11c_llama_weights.py --export out/my_llama
+Expect:   without --init_from, the losses of v11a_llama.py.
+Diff:     git diff --no-index part7_released/v11b_tokenizer.py part7_released/v11c_llama_weights.py
 """
 
 import math
@@ -26,15 +26,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import data
-from data import has_triton, llama, setting
-
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
+
+import data
+from data import setting
+from support import checkpoints, hardware, llama_files, model_files, runs
 
 # What the parts of our model are called in the released files.
 LLAMA_NAMES = {
@@ -84,7 +85,7 @@ class Config:
     dtype: str = setting(
         "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
     )
-    compile: bool = setting("use torch.compile", gpu=has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
     out_dir: str = setting("folder of the run, by default a new one in out/", gpu="", cpu="")
@@ -138,7 +139,7 @@ class FileTokenizer:
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
         """Text to token ids; raises data.InputError, naming flag, if it can't be encoded."""
-        return llama.encode(self.tokenizer, text, flag)
+        return llama_files.encode(self.tokenizer, text, flag)
 
     def decode(self, tokens: list[int]) -> str:
         """Token ids to text, without special tokens; "\ufffd" for a part of a character."""
@@ -150,7 +151,7 @@ def choose_dtype(cfg: Config) -> torch.dtype:
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
-    supported = data.supports_bfloat16(cfg.device)
+    supported = hardware.supports_bfloat16(cfg.device)
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
@@ -514,27 +515,26 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         for ours, theirs in LLAMA_NAMES.items():
             name = name.replace(ours, theirs)
-        weight = parameter.detach()
-        if "query_key_value" not in name:
-            weights[name] = weight
-            continue
-        # The rows of ours are three matrices in the files, of the same sizes in every block.
-        attention = model.blocks[0].attention
-        sizes = [attention.query_size, attention.kv_size, attention.kv_size]
-        for letter, rows in zip("qkv", weight.split(sizes), strict=True):
-            part = name.replace("attention.query_key_value", f"self_attn.{letter}_proj")
-            weights[part] = rows
+        weights[name] = parameter.detach()
+        if "query_key_value" in name:
+            # The rows of ours are three matrices in the files, of the same sizes in every block.
+            attention = model.blocks[0].attention
+            sizes = [attention.query_size, attention.kv_size, attention.kv_size]
+            for part, rows in zip("qkv", weights.pop(name).split(sizes), strict=True):
+                weights[name.replace("attention.query_key_value", f"self_attn.{part}_proj")] = rows
     return weights
 
 
 def load_released(folder: Path, cfg: Config, n_vocab: int, dtype: torch.dtype) -> LanguageModel:
     """Return a released model; raises data.InputError if its weights don't fit its settings."""
-    torch.set_default_dtype(dtype)  # of the parameters, from the start
-    try:
-        model = LanguageModel(cfg, n_vocab)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    llama.copy_weights(folder, released_weights(model))
+    with torch.device("meta"):  # where tensors have a shape, but no numbers
+        model = LanguageModel(cfg, n_vocab).to(dtype)
+    model.to_empty(device="cpu")
+    if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
+        model.lm_head.weight = model.token_embedding.weight
+    own = released_weights(model)
+    for name, weight in llama_files.read_weights(folder, own):
+        own[name].copy_(weight)
     return model
 
 
@@ -565,7 +565,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     starts = chosen * cfg.block_size  # (n_chosen,)
     total = 0.0
     for i in range(0, n_chosen, cfg.batch_size):
-        if data.stop_requested():
+        if runs.stop_requested():
             raise KeyboardInterrupt  # train catches it and saves
         batch = starts[i : i + cfg.batch_size]
         x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
@@ -620,7 +620,7 @@ def save_checkpoint(
         "random_state": torch.get_rng_state(),
         "log": log,
     }
-    data.write_checkpoint(state, Path(run["folder"], name))
+    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
 def wait_for(device: str) -> None:
@@ -637,16 +637,16 @@ def train(
     Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
     without it, nothing is saved. state: the checkpoint to continue from.
     """
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
     if cfg.compile:
-        data.check_compiler(cfg.device)
+        hardware.check_compiler(cfg.device)
     compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
     history = []
     first_step, log = 0, []
     if state is not None:
-        data.load_averages(optimizer, state)
+        checkpoints.load_averages(optimizer, state)
         torch.set_rng_state(state["random_state"])
         first_step, log = state["step"], state["log"]
         history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
@@ -654,7 +654,7 @@ def train(
     clock_step, clock_start = 0, time.perf_counter()
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if data.stop_requested():
+            if runs.stop_requested():
                 save_checkpoint("latest.pt", model, optimizer, step, log, run)
                 raise KeyboardInterrupt
             is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
@@ -684,7 +684,7 @@ def train(
                 if is_best:
                     save_checkpoint("best.pt", model, optimizer, step, log, run)
                 if run is not None:
-                    data.write_log(log, Path(run["folder"], "log.jsonl"))
+                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
                 clock_step, clock_start = step, time.perf_counter()
             if step == cfg.max_iters:
                 break
@@ -724,18 +724,17 @@ def main(argv: list[str] | None = None) -> None:
         if cfg.init_from:
             if cfg.resume:
                 raise data.InputError("--init_from, --resume: leave out one or the other")
-            folder = llama.find_folder(cfg.init_from)
-            released = llama.read_config(folder)
+            folder = llama_files.find_folder(cfg.init_from)
+            released = llama_files.read_config(folder)
             cfg = read_settings(released, argv)
         elif cfg.resume or cfg.sample_only:
             export_to = cfg.export
-            state = data.find_checkpoint(cfg)
+            state = runs.find_checkpoint(cfg)
             # Now its settings take the place of the defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
             if cfg.sample_only:
                 cfg = replace(cfg, export=export_to)  # as typed now, not as in the run
-        if cfg.export:
-            llama.check_export(Path(cfg.export))
+        model_files.check_export(cfg.export)
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
@@ -743,7 +742,8 @@ def main(argv: list[str] | None = None) -> None:
             saved = released if state is None else state
             tokenizer = data.CharTokenizer(text if saved is None else saved["characters"])
         elif state is None:
-            tokenizer = FileTokenizer(llama.read_tokenizer(Path(cfg.tokenizer), "--tokenizer"))
+            content = llama_files.read_tokenizer(Path(cfg.tokenizer), "--tokenizer")
+            tokenizer = FileTokenizer(content)
         else:
             tokenizer = FileTokenizer(state["tokenizer_content"])
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
@@ -765,9 +765,9 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         if state is not None:
-            data.load_weights(model, state)
+            checkpoints.load_weights(model, state)
         if not cfg.sample_only:
-            run = data.describe_run(cfg, __file__, tokenizer, text, state)
+            run = runs.describe_run(cfg, __file__, tokenizer, text, state)
             if cfg.tokenizer != "char":
                 run["tokenizer_content"] = tokenizer.content
             # Not uint16, because ids may be above 65,535.
@@ -775,15 +775,15 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(ids, cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with data.running(run):
+            with runs.running(run):
                 train(model, train_data, val_data, cfg, run, state)
-            state = data.read_checkpoint(Path(run["folder"], "best.pt"))
-            data.load_weights(model, state)
+            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
+            checkpoints.load_weights(model, state)
             val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
             print(f"validation loss {in_units(val_loss)}")
 
         if cfg.export:
-            llama.write_model(cfg, released, released_weights(model), tokenizer)
+            llama_files.write_model(cfg, released, released_weights(model), tokenizer)
             print(f"exported to {cfg.export}", file=sys.stderr)
         origin = f"of {cfg.init_from}" if state is None else f"after step {state['step']}"
         print(f"sampling with the weights {origin}", file=sys.stderr)

@@ -4,9 +4,9 @@ import ctypes
 import sys
 from importlib.util import find_spec
 
-from data.flags import InputError
-
 import torch
+
+from data.flags import InputError
 
 # Parameters of mallopt and their numbers, from glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -42,7 +42,7 @@ def keep_freed_memory() -> None:
 
     By default, glibc returns every large block to the system, which must fill each page with zeros
     before the next tensor can have it. At full size on a CPU, that takes more than a tenth of a
-    training step (docs/part2.md).
+    training step (part2_training/README.md).
     """
     if sys.platform != "linux":
         return

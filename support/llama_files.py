@@ -4,19 +4,15 @@ import json
 import os
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.flags import NO_LIMIT, InputError
-from data.pretrained import check_export, check_head, listed, save_model
-
 import torch
-from tqdm import tqdm
 
-__all__ = [
-    "check_export", "copy_weights", "encode", "find_folder", "read_config", "read_tokenizer",
-    "write_model",
-]
+from data.flags import NO_LIMIT, InputError
+from support import model_files
+from support.model_files import DTYPES, integer, read_json
 
 # Our names for the entries of config.json that are positive integers.
 INTEGERS = {
@@ -36,10 +32,7 @@ NO_SCALING = {
     "original_max_position_embeddings": 8192,
 }
 KINDS = ["llama", "mistral", "qwen3"]  # by model_type
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-DTYPE_NAMES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}  # in safetensors
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-BUFFERS = ("rotary_emb.inv_freq",)  # entries of old weight files that aren't weights
+EMBEDDING = "model.embed_tokens.weight"
 
 
 # ---- folders and downloads
@@ -48,56 +41,20 @@ BUFFERS = ("rotary_emb.inv_freq",)  # entries of old weight files that aren't we
 def find_folder(name: str) -> Path:
     """Return the folder called name or, for a repository "owner/name", that of its download.
 
-    The Hugging Face hub's own client downloads the files, into its cache, which HF_HUB_OFFLINE=1
-    uses without a network. Raises InputError if there is no such folder or the download fails.
+    Raises InputError if there is no such folder, or if the download fails.
     """
     if os.path.isdir(name):
         return Path(name)
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         why = "no such folder, nor the name of a repository, such as HuggingFaceTB/SmolLM2-135M"
         raise InputError(f"--init_from {name}: {why}")
-    from huggingface_hub import hf_hub_download, logging  # here: they take long to import
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-    logging.set_verbosity_error()  # or each retry without a network prints a warning
-    print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
-    try:
-        folder = Path(hf_hub_download(name, "config.json")).parent
-        hf_hub_download(name, "tokenizer.json")
-        try:
-            hf_hub_download(name, "generation_config.json")
-        except LocalEntryNotFoundError:  # no network
-            why = "generation_config.json isn't in the cache, so config.json says where texts end"
-            print(f"notice: {why}", file=sys.stderr)
-        except EntryNotFoundError:
-            pass  # not every model has one
-        try:
-            hf_hub_download(name, "model.safetensors")
-        except EntryNotFoundError:
-            hf_hub_download(name, "model.safetensors.index.json")
-            for part in sorted(set(read_index(folder).values())):
-                hf_hub_download(name, part)
-    except InputError:
-        raise
-    except Exception as error:  # no network, a licence that isn't accepted, a full disk, ...
-        message = str(error).strip() or type(error).__name__
-        why = message.splitlines()[0]
-        remedy = "check the name and the network, or name a folder with the model's files"
-        raise InputError(f"--init_from {name}: can't download it ({why}); {remedy}") from None
+    files = ["config.json", "tokenizer.json"]
+    optional = "generation_config.json"
+    folder = model_files.download(name, name, files, [optional])
+    if not (folder / optional).exists():
+        why = f"no {optional} there or in the cache, so config.json says where a text ends"
+        print(f"notice: {why}", file=sys.stderr)
     return folder
-
-
-def read_json(path: Path, flag: str) -> dict[str, Any]:
-    """Return the JSON object in a file; raises InputError, naming flag, if there is none."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{flag} {path}: can't read it ({error.strerror})") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{flag} {path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{flag} {path}: should hold a JSON object")
-    return content
 
 
 # ---- settings
@@ -128,7 +85,9 @@ def read_config(folder: Path) -> dict[str, Any]:
         config["head_dim"] = 0
     released = {}
     for ours, theirs in INTEGERS.items():
-        released[ours] = integer(config, theirs, path, "--init_from")
+        least = 0 if theirs == "head_dim" else 1
+        most = 1000 if theirs == "num_hidden_layers" else NO_LIMIT - 1
+        released[ours] = integer(config, theirs, path, "--init_from", least, most)
     if released["n_head"] % released["n_kv_head"] != 0:
         why = "its num_attention_heads is not a multiple of its num_key_value_heads"
         raise InputError(f"--init_from {path}: {why}")
@@ -138,9 +97,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     for name in ("tie_word_embeddings", "attention_bias", "mlp_bias"):
         if not isinstance(config[name], bool):
             raise InputError(f"--init_from {path}: its {name} is {config[name]!r}, not a bool")
-    characters = config.get("characters", "")
-    if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
-        raise InputError(f"--init_from {path}: its characters aren't in order, so it is damaged")
+    characters = model_files.read_characters(config, path)
     return {
         **released,
         "block_size": min(released["max_position_embeddings"], 1024),
@@ -184,20 +141,6 @@ def check_kind(config: dict[str, Any], path: Path) -> None:
         raise InputError(f"--init_from {path}: {why}; choose another model")
 
 
-def integer(config: dict[str, Any], name: str, path: Path, flag: str) -> int:
-    """Return a positive integer of a configuration, or the 0 of a head_dim that isn't there.
-
-    Raises InputError, naming flag, if it isn't one.
-    """
-    value = config.get(name)
-    least = 0 if name == "head_dim" else 1
-    most = 1000 if name == "num_hidden_layers" else NO_LIMIT - 1
-    if type(value) is not int or not least <= value <= most:
-        why = f"its {name} is {value!r}, not an integer from {least} to {most:,}"
-        raise InputError(f"{flag} {path}: {why}")
-    return value
-
-
 def number(config: dict[str, Any], name: str, path: Path, least: float) -> float:
     """Return a number of a configuration; raises InputError if it isn't one, or is too small."""
     value = config.get(name)
@@ -208,7 +151,7 @@ def number(config: dict[str, Any], name: str, path: Path, least: float) -> float
 
 
 def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the settings of the rotation; raises InputError for a type that v9g doesn't have.
+    """Return the settings of the rotation; raises InputError for a type that v11a doesn't have.
 
     They are in rope_parameters or, in older files, in rope_theta and rope_scaling.
     """
@@ -249,14 +192,10 @@ def read_dtype(config: dict[str, Any], folder: Path) -> torch.dtype:
     path = folder / "config.json"
     name = config.get("dtype") or config.get("torch_dtype")
     if name is None:
-        from safetensors import safe_open  # here, because only v9i needs it
-
-        files = weight_files(folder)
+        files = model_files.weight_files(folder)
         if EMBEDDING not in files:
             raise InputError(f"--init_from {folder}: the weights don't fit; missing: {EMBEDDING}")
-        with safe_open(files[EMBEDDING], framework="pt") as file:
-            name = file.get_slice(EMBEDDING).get_dtype()
-        name = DTYPE_NAMES.get(name, name)
+        name = model_files.read_weight(files[EMBEDDING], EMBEDDING).dtype
     name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         why = f"its dtype is {name!r}, but only {', '.join(DTYPES)} can be loaded"
@@ -274,7 +213,7 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
     than the file, to make matmuls faster. "end_of_text": the ids of the tokens that end a text, if
     config.json or generation_config.json name any. Raises InputError, naming flag.
     """
-    from tokenizers import Tokenizer  # here, because only v9h and later need it
+    from tokenizers import Tokenizer  # here, because only v11b and later need it
 
     if os.path.isdir(path):
         path = path / "tokenizer.json"
@@ -327,96 +266,14 @@ def encode(tokenizer: Any, text: str, flag: str) -> list[int]:
 # ---- weights
 
 
-def read_index(folder: Path) -> dict[str, str]:
-    """Return which file has each weight; raises InputError if the index is damaged."""
-    path = folder / "model.safetensors.index.json"
-    files = read_json(path, "--init_from").get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise InputError(f"--init_from {path}: it lacks 'weight_map', so it is damaged")
-    for name in files.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"--init_from {path}: {name!r} isn't the name of a weight file")
-    return files
+def read_weights(
+    folder: Path, expected: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the weights in a folder, one by one, each with its name and shape in expected.
 
-
-def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file that has each weight, of one file or of several with an index.
-
-    Raises InputError if there are none or one is damaged.
+    Raises InputError if the weights don't fit, or if they are damaged.
     """
-    from safetensors import safe_open  # here, because only v9i needs it
-
-    single = folder / "model.safetensors"
-    if single.exists():
-        files = {}
-        paths = [single]
-    elif (folder / "model.safetensors.index.json").exists():
-        files = {name: folder / file for name, file in read_index(folder).items()}
-        paths = sorted(set(files.values()))
-    else:
-        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                names = set(file.keys())
-        except Exception as error:  # safetensors has its own class for a damaged file
-            raise InputError(f"--init_from {path}: can't read it ({error})") from None
-        if path == single:
-            files = {name: path for name in names}
-        missing = [name for name, file in files.items() if file == path and name not in names]
-        if missing:
-            raise InputError(f"--init_from {path}: it lacks {listed(missing)}")
-    return {name: file for name, file in files.items() if not name.endswith(BUFFERS)}
-
-
-def copy_weights(folder: Path, own: dict[str, torch.Tensor]) -> None:
-    """Copy the weights in a folder into the tensors of the same names in own, one by one.
-
-    If own has no output layer of its own, the folder may have one that equals the embedding.
-    Raises InputError if weights are missing, if there are others, or if they are damaged.
-    """
-    files = weight_files(folder)
-    if HEAD in files and HEAD not in own and EMBEDDING in files:
-        head, embedding = read_weight(files[HEAD], HEAD), read_weight(files[EMBEDDING], EMBEDDING)
-        check_head(head, embedding, files[HEAD])
-        del files[HEAD], head, embedding  # the tensors too, which may be large
-    missing = [name for name in own if name not in files]
-    extra = [name for name in files if name not in own]
-    problems = []
-    for what, names in (("missing", missing), ("extra", extra)):
-        if names:
-            problems.append(f"{what}: {listed(names)}")
-    if problems:
-        raise InputError(f"--init_from {folder}: the weights don't fit; {'; '.join(problems)}")
-    for name, weight in tqdm(own.items(), desc="loading", delay=1):
-        released = read_weight(files[name], name)
-        if released.shape != weight.shape:
-            shapes = f"{tuple(released.shape)} instead of {tuple(weight.shape)}"
-            raise InputError(f"--init_from {files[name]}: {name} has the shape {shapes}")
-        weight.copy_(released)
-
-
-def read_weight(path: Path, name: str) -> torch.Tensor:
-    """Return one weight in a file; raises InputError if it is damaged.
-
-    The file is opened for each weight anew: what has been read of an open file counts as this
-    program's memory, so in the end that would hold all weights twice.
-    """
-    from safetensors import safe_open  # here, because only v9i needs it
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            weight = file.get_tensor(name)
-    except Exception as error:  # safetensors has its own class for a damaged file
-        raise InputError(f"--init_from {path}: can't read {name} ({error})") from None
-    if weight.dtype not in DTYPES.values():
-        why = f"{name} is {weight.dtype}, but only {', '.join(DTYPES)} can be loaded"
-        raise InputError(f"--init_from {path}: {why}")
-    if weight.numel() > 0:
-        lowest, highest = weight.aminmax()  # NaN, if there is any
-        if not (lowest.isfinite() and highest.isfinite()):
-            raise InputError(f"--init_from {path}: {name} has numbers that aren't finite")
-    return weight
+    return model_files.read_weights(folder, expected, EMBEDDING)
 
 
 def write_model(
@@ -465,4 +322,4 @@ def write_model(
     else:
         texts["tokenizer.json"] = tokenizer.content["json"]
     texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    save_model(Path(cfg.export), texts, weights)
+    model_files.save_model(Path(cfg.export), texts, weights)

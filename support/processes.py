@@ -5,10 +5,10 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from data.flags import InputError
-
 import torch
 from torch import distributed
+
+from data.flags import InputError
 
 
 def process_rank() -> int:

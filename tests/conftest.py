@@ -6,10 +6,10 @@ import re
 import tempfile
 from pathlib import Path
 
-import data
-
 import pytest
 import torch
+
+import data
 
 torch.set_num_threads(1)  # for tensors this small, a second thread only costs time
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
@@ -91,6 +91,13 @@ def refused(script, capsys, *flags) -> str:
     assert err.count("error: ") == 1
     assert "Traceback" not in err
     return line
+
+
+def refused_input(call, *args) -> str:
+    """Let a function refuse its arguments; return its message as a user would see it."""
+    with pytest.raises(data.InputError) as error:
+        call(*args)
+    return " ".join(str(error.value).split())
 
 
 @pytest.fixture

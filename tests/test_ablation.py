@@ -3,13 +3,12 @@
 import subprocess
 import sys
 
-import data
-
 import pytest
 import torch
 from conftest import TEXT, VOCAB_SIZE, refused, shaken, tiny_flags
 from torch import nn
 
+import data
 import v5_gpt
 from lab import ablation
 from lab.ladder import ROOT

@@ -1,6 +1,5 @@
 """The bench: what a turn measures, the table of medians, and its command line."""
 
-import importlib
 
 import pytest
 import torch
@@ -8,8 +7,9 @@ from conftest import TEXT
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import v2_single_head
-import v6b_fast
 from lab import bench
+from lab.ladder import load
+from part2_training import v6b_fast
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
 FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
@@ -31,7 +31,7 @@ def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
 
     def step_takes_a_second(optimizer, *_):
         if not isinstance(optimizer, torch.optim.AdamW):
-            return  # v9e has another one before it
+            return  # v10a has another one before it
         now[0] += 1 if steps else 100  # the first one, as a warm-up does, takes longer
         steps.append(1)
 
@@ -123,7 +123,7 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
         now[0] += 1
         return now[0]
 
-    script = v6b_fast if name == "transformers" else importlib.import_module(name)
+    script = v6b_fast if name == "transformers" else load(name)
     make = bench.Reference if name == "transformers" else script.LanguageModel
     real = make.generate
 

@@ -7,8 +7,6 @@ import signal
 import subprocess
 import sys
 
-import data
-
 import numpy as np
 import pytest
 import torch
@@ -27,6 +25,7 @@ from conftest import (
 from torch.nn import functional as F
 
 import bigram
+import data
 from lab.ladder import ROOT
 
 LOSS = re.compile(r"step (\d+): train loss (\d+\.\d{4}), val loss (\d+\.\d{4})")

@@ -1,6 +1,5 @@
 """lab/compare.py: the runs of the scripts' own commands, in a table and a picture."""
 
-import importlib
 import json
 import re
 
@@ -8,9 +7,9 @@ import matplotlib.image
 import pytest
 from conftest import TEXT, losses_and_sample, tiny_flags
 
-import v9d_gqa
 from lab import compare
-from lab.ladder import SCRIPTS
+from lab.ladder import SCRIPTS, load
+from part5_modern import v9d_gqa
 
 
 def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys, monkeypatch):
@@ -29,7 +28,7 @@ def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys, monkeypatch):
     assert f"on {3 * 4 * 5} tokens" in written
 
     for name in names:  # each run is the one of the script's own command
-        script = importlib.import_module(name)
+        script = load(name)
         script.main([*tiny_flags(script), "--data", str(corpus), "--prompt", "The "])
         lines = losses_and_sample(capsys.readouterr().out).splitlines()
         losses = [line for line in lines if line.startswith("step")]

@@ -7,13 +7,12 @@ import socket
 import threading
 from pathlib import Path
 
-import data
-from data import corpora
-
 import pytest
 from conftest import TEXT, refused, tiny_flags
 
 import bigram
+import data
+from data import corpora
 
 
 @pytest.mark.parametrize("ends", ["\r\n", "\r"])

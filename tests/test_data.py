@@ -1,10 +1,10 @@
 """data/__init__.py: the tokenizer, the split, batches."""
 
-import data
-
 import numpy as np
 import pytest
 import torch
+
+import data
 
 
 def test_tokenizer_round_trip():

@@ -5,21 +5,20 @@ import importlib
 import re
 import shlex
 
-import data
-
 import pytest
 import torch
 
-from lab.ladder import PARENTS, ROOT, SCRIPTS, source, update_counts
+import data
+from lab.ladder import PARENTS, ROOT, SCRIPTS, load, part_of, source, update_counts
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", *sorted([*ROOT.glob("docs/*.md"), *ROOT.glob("part*/*.md")])]
 DOCS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 LESSONS = {script: ast.get_docstring(ast.parse(source(script))) for script in SCRIPTS}
-COMMAND = re.compile(r"^.*?\bpython ((?:lab/|v\d_)?\w+\.py[^\n`]*)", re.MULTILINE)
+COMMAND = re.compile(r"^.*?\bpython ((?:\w+/)?\w+\.py[^\n`]*)", re.MULTILINE)
 COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values()]))))
 ROW = re.compile(
-    r"^\| \[(\w+)\.py\]\(\1\.py\) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \|$", re.MULTILINE
+    r"^\| \[(\w+)\.py\]\([\w/]*\1\.py\) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \|$", re.MULTILINE
 )  # script, idea, changed lines, loss
 COURSE = {script: (idea, lines, float(loss)) for script, idea, lines, loss in ROW.findall(README)}
 
@@ -59,9 +58,11 @@ def test_every_page_and_picture_is_linked():
     for page, text in DOCS.items():
         for link in re.findall(r"\]\(([^)#]+)", text):
             linked.add((page.parent / link).resolve())
-    files = {path for path in (ROOT / "docs").iterdir() if path.name != "README.md"}
-    assert files <= linked
-    assert ROOT / "docs" in linked or ROOT / "docs" / "README.md" in linked
+    folders = [ROOT / "docs", *ROOT.glob("part*/")]
+    files = {path for folder in folders for path in folder.iterdir() if path.is_file()}
+    readmes = {path for path in files if path.name == "README.md"}
+    assert files - readmes <= linked
+    assert all(path in linked or path.parent in linked for path in readmes)
 
 
 def test_the_readme_is_for_the_first_five_minutes():
@@ -123,7 +124,7 @@ def test_the_lesson_of_v5_has_the_measured_losses():
 
 def parameters(script: str, vocab_size: int = 65) -> int:
     """How many parameters a script's model has with the CPU defaults and Shakespeare."""
-    module = importlib.import_module(script)
+    module = load(script)
     cfg = data.read_flags(module.Config, "", ["--device", "cpu"])
     with torch.device("meta"):
         return sum(p.numel() for p in module.LanguageModel(cfg, vocab_size).parameters())
@@ -135,7 +136,7 @@ def test_the_pages_count_the_parameters_of_each_script(script):
     assert len(texts) == 1, "each script has its section in one page"
     section = texts[0].partition(f"\n## {script}.py\n")[2].partition("\n## ")[0]
     counts = re.findall(r"([\d,]+) parameters;", section)
-    vocab_size = 50_257 if script.startswith("v8") else 65
+    vocab_size = 50_257 if part_of(script) == 4 else 65
     assert counts == [f"{parameters(script, vocab_size):,}"]
 
 

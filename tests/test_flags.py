@@ -4,14 +4,13 @@ import dataclasses
 import signal
 import threading
 
-import data
-from data import flags, setting
-
 import pytest
 import torch
 from conftest import refused, tiny_flags
 
 import bigram
+import data
+from data import flags, setting
 
 
 @dataclasses.dataclass

@@ -3,11 +3,11 @@
 import ctypes
 import sys
 
-import data
-from data import hardware
-
 import pytest
 import torch
+
+import data
+from support import hardware
 
 
 @pytest.mark.parametrize(
@@ -22,13 +22,13 @@ import torch
 def test_a_cpu_supports_bfloat16_if_it_has_the_instructions(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not expected)
-    assert data.supports_bfloat16("cpu") is expected
-    assert data.supports_bfloat16("cpu:0") is expected
+    assert hardware.supports_bfloat16("cpu") is expected
+    assert hardware.supports_bfloat16("cpu:0") is expected
 
 
 def test_a_pytorch_that_can_not_tell_has_no_bfloat16_on_the_cpu(monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities")
-    assert data.supports_bfloat16("cpu") is False
+    assert hardware.supports_bfloat16("cpu") is False
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
@@ -39,16 +39,16 @@ def test_a_gpu_that_only_emulates_bfloat16_does_not_support_it(monkeypatch, devi
         return has["hardware"] or (including_emulation and has["emulation"])
 
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", is_supported)
-    assert data.supports_bfloat16(device)
+    assert hardware.supports_bfloat16(device)
     has["hardware"] = False
-    assert not data.supports_bfloat16(device)
+    assert not hardware.supports_bfloat16(device)
 
 
 def test_other_devices_do_not_support_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
-    assert data.supports_bfloat16("mps") is False
-    assert data.supports_bfloat16("meta") is False
+    assert hardware.supports_bfloat16("mps") is False
+    assert hardware.supports_bfloat16("meta") is False
 
 
 def test_a_compiler_that_works_is_accepted(monkeypatch):
@@ -62,7 +62,7 @@ def test_a_compiler_that_works_is_accepted(monkeypatch):
         return compiled
 
     monkeypatch.setattr(torch, "compile", compiler)
-    data.check_compiler("cpu")
+    hardware.check_compiler("cpu")
     assert calls == ["cpu"]
 
 
@@ -75,7 +75,7 @@ def test_a_compiler_that_fails_is_refused_with_the_first_line_of_its_message(mon
 
     monkeypatch.setattr(torch, "compile", compiler)
     with pytest.raises(data.InputError) as caught:
-        data.check_compiler("cpu")
+        hardware.check_compiler("cpu")
     assert str(caught.value) == "--compile: no compiler found; use --no-compile"
 
 
@@ -91,10 +91,10 @@ def test_large_blocks_stay_in_a_heap_that_never_shrinks(monkeypatch):
             calls[parameter] = value
 
     monkeypatch.setattr(ctypes, "CDLL", Library)
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
     assert calls == {-4: 0, -1: -1}  # M_MMAP_MAX and M_TRIM_THRESHOLD in malloc.h
     del Library.mallopt  # as in other C libraries
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
 
 
 def test_other_systems_keep_no_memory(monkeypatch):
@@ -104,16 +104,16 @@ def test_other_systems_keep_no_memory(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", library)
     for platform in ("win32", "darwin"):
         monkeypatch.setattr(sys, "platform", platform)
-        data.keep_freed_memory()
+        hardware.keep_freed_memory()
 
 
 def test_a_linux_without_glibc_keeps_no_memory(monkeypatch):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
-    data.keep_freed_memory()
+    hardware.keep_freed_memory()
 
 
 def test_triton_is_found_if_it_is_installed(monkeypatch):
     for found, expected in ((object(), True), (None, False)):
         monkeypatch.setattr(hardware, "find_spec", lambda name, found=found: found)
-        assert data.has_triton() is expected
+        assert hardware.has_triton() is expected

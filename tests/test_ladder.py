@@ -5,12 +5,21 @@ import inspect
 import subprocess
 import sys
 
-import data
-
 import pytest
 
+import data
 from lab import ladder
-from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, source
+from lab.ladder import (
+    PAIRS,
+    PARENTS,
+    ROOT,
+    SCRIPTS,
+    changed_lines,
+    load,
+    part_of,
+    path_of,
+    source,
+)
 
 # The course at a glance. For each script: its parent, its lesson, and the definitions that it adds
 # to its parent, changes in it, or replaces by better ones. Everything else is the same in both,
@@ -66,6 +75,7 @@ COURSE = {
         "lesson": "train the same model with less computation and less waiting",
         "adds": [
             "import time",
+            "from support",
             "Config.dtype",
             "Config.compile",
             "choose_dtype",
@@ -73,7 +83,7 @@ COURSE = {
             "get_batch",
             "wait_for",
         ],
-        "changes": ["from data", "estimate_loss", "train"],
+        "changes": ["estimate_loss", "train"],
     },
     "v6c_recipe": {
         "parent": "v6b_fast",
@@ -106,7 +116,7 @@ COURSE = {
             "SIZES",
             "save_checkpoint",
         ],
-        "changes": ["estimate_loss", "train", "main"],
+        "changes": ["from support", "estimate_loss", "train", "main"],
     },
     "v7a_sampling": {
         "parent": "v6d_checkpoints",
@@ -141,7 +151,7 @@ COURSE = {
             "main",
         ],
     },
-    "v8a_bpe": {
+    "v8b_gpt2_tokens": {
         "parent": "v7b_kv_cache",
         "lesson": "read parts of words, from files that may be larger than the memory",
         "adds": [
@@ -152,6 +162,7 @@ COURSE = {
             "characters_per_token",
         ],
         "changes": [
+            "from data",
             "Config.batch_size",
             "Config.max_iters",
             "Config.eval_interval",
@@ -162,8 +173,8 @@ COURSE = {
             "main",
         ],
     },
-    "v8b_gpt2": {
-        "parent": "v8a_bpe",
+    "v8c_gpt2": {
+        "parent": "v8b_gpt2_tokens",
         "lesson": "take over the architecture of the released models",
         "adds": ["PRESETS", "Config.norm", "Config.preset"],
         "changes": [
@@ -178,8 +189,8 @@ COURSE = {
             "main",
         ],
     },
-    "v8c_pretrained": {
-        "parent": "v8b_gpt2",
+    "v8d_gpt2_weights": {
+        "parent": "v8c_gpt2",
         "lesson": "start from released weights, and write weights that others can load",
         "adds": [
             "GPT2_NAMES",
@@ -191,10 +202,10 @@ COURSE = {
             "released_weights",
             "load_released",
         ],
-        "changes": ["from data", "main"],
+        "changes": ["from support", "main"],
     },
-    "v8d_distributed": {
-        "parent": "v8c_pretrained",
+    "v8e_distributed": {
+        "parent": "v8d_gpt2_weights",
         "lesson": "take one step on many batches, in turn and on several GPUs at once",
         "adds": [
             "from contextlib",
@@ -202,7 +213,7 @@ COURSE = {
             "seed_batch",
             "stop_requested",
         ],
-        "changes": ["from torch", "save_checkpoint", "train", "main"],
+        "changes": ["from torch", "from support", "save_checkpoint", "train", "main"],
     },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
@@ -253,15 +264,15 @@ COURSE = {
             "MultiHeadAttention.forward",
         ],
     },
-    "v9e_muon": {
+    "v10a_muon": {
         "parent": "v9d_gqa",
         "lesson": "take steps of the same size in all directions of a weight matrix",
         "replaces": ["make_optimizer"],
         "adds": ["orthogonalise", "Muon", "make_optimizers"],
         "changes": ["save_checkpoint", "train"],
     },
-    "v9j_tricks": {
-        "parent": "v9e_muon",
+    "v10b_tricks": {
+        "parent": "v10a_muon",
         "lesson": "know what each small change behind the speed records is worth",
         "adds": [
             "Config.qk_norm",
@@ -288,8 +299,8 @@ COURSE = {
             "train",
         ],
     },
-    "v9f_speedrun": {
-        "parent": "v9j_tricks",
+    "v10c_speedrun": {
+        "parent": "v10b_tricks",
         "lesson": "reach the lowest loss within a given time",
         "adds": [
             "SHORT",
@@ -313,7 +324,7 @@ COURSE = {
             "main",
         ],
     },
-    "v9g_llama": {
+    "v11a_llama": {
         "parent": "v9d_gqa",
         "lesson": "have every setting that Llama and Qwen3 have",
         "adds": [
@@ -344,14 +355,14 @@ COURSE = {
             "LanguageModel.forward",
         ],
     },
-    "v9h_tokenizer": {
-        "parent": "v9g_llama",
+    "v11b_tokenizer": {
+        "parent": "v11a_llama",
         "lesson": "read and write the tokens of any released model",
         "adds": ["from tokenizers", "Config.tokenizer", "FileTokenizer"],
-        "changes": ["from data", "SIZES", "stream_text", "in_units", "main"],
+        "changes": ["from support", "SIZES", "stream_text", "in_units", "main"],
     },
-    "v9i_pretrained": {
-        "parent": "v9h_tokenizer",
+    "v11c_llama_weights": {
+        "parent": "v11b_tokenizer",
         "lesson": "load the weights of a released model, and write your own the same way",
         "adds": [
             "LLAMA_NAMES",
@@ -362,7 +373,7 @@ COURSE = {
             "released_weights",
             "load_released",
         ],
-        "changes": ["main"],
+        "changes": ["from support", "main"],
     },
 }
 MOST_CHANGED_LINES = 100
@@ -409,8 +420,8 @@ def test_the_table_has_every_script_and_its_parent():
         script: parent for script, parent in PARENTS.items() if parent
     }
     assert list(PARENTS)[0] == "bigram"
-    files = {path.stem for path in ROOT.glob("*.py")}
-    assert files == set(SCRIPTS)
+    files = {path.relative_to(ROOT) for path in [*ROOT.glob("*.py"), *ROOT.glob("part*/*.py")]}
+    assert files == {path_of(script) for script in SCRIPTS}
 
 
 @pytest.mark.parametrize(("parent", "child"), PAIRS)
@@ -450,9 +461,11 @@ def imports(script: str) -> set[str]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_stands_alone(script):
     allowed = {"torch", "numpy", "tqdm", "data"}
-    if script.startswith("v8"):
+    if part_of(script) > 1:
+        allowed |= {"support"}
+    if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script >= "v9h_tokenizer":
+    if script in ("v11b_tokenizer", "v11c_llama_weights"):
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 
@@ -476,16 +489,18 @@ def test_a_lesson_says_how_to_run_it_and_what_to_expect(script):
     assert 10 <= len(lesson) <= 25
     assert any(line.startswith("New here: ") for line in lesson)
     assert any(line.startswith("Run it:   ") for line in lesson)
-    assert f"python {script}.py" in "\n".join(lesson)
+    path = path_of(script).as_posix()
+    assert f"python {path}" in "\n".join(lesson)
     assert any(line.startswith("Expect:   ") for line in lesson)
     if script != "bigram":
-        assert f"Diff:     git diff --no-index {PARENTS[script]}.py {script}.py" in lesson
+        parent = path_of(PARENTS[script]).as_posix()
+        assert f"Diff:     git diff --no-index {parent} {path}" in lesson
 
 
 def test_importing_a_script_reads_no_file_and_prints_nothing():
     program = """
 import importlib, sys
-import data  # and with it torch, which opens files of its own
+import data, support.runs  # and with them torch, which opens files of its own
 import huggingface_hub, safetensors.torch, tiktoken, tokenizers, torch.distributed
 opened = []
 sys.addaudithook(lambda event, args: event == "open" and opened.append(str(args[0])))
@@ -494,7 +509,8 @@ for script in sys.argv[1:]:
 own = [name for name in opened if "site-packages" not in name]  # not what packages read for theirs
 sys.exit([name for name in own if not name.endswith((".py", ".pyc", ".zip", "boot_id"))] or 0)
 """
-    command = [sys.executable, "-B", "-c", program, *SCRIPTS]
+    modules = [load(script).__name__ for script in SCRIPTS]
+    command = [sys.executable, "-B", "-c", program, *modules]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -504,14 +520,15 @@ def test_the_tree_and_the_counts_in_the_readme(tmp_path, monkeypatch, capsys):
     count = changed_lines("bigram", "v2_single_head")
     old = readme.replace(f"| {count} |", "| 1234 |")
     assert old != readme
-    monkeypatch.setattr(ladder, "source", lambda script: (ROOT / f"{script}.py").read_text("utf-8"))
+    texts = {script: source(script) for script in SCRIPTS}
+    monkeypatch.setattr(ladder, "source", texts.get)
     monkeypatch.setattr(ladder, "ROOT", tmp_path)
     path = tmp_path / "README.md"
     path.write_bytes(old.replace("\n", "\r\n").encode("utf-8"))
     ladder.main(["--update"])
     assert path.read_bytes() == readme.replace("\n", "\r\n").encode("utf-8")
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split(".py")[0].strip() for line in lines] == SCRIPTS
+    assert [line.split(".py")[0].split("/")[-1].strip() for line in lines] == SCRIPTS
     assert lines[1] == f"  v2_single_head.py  {count} changed lines"
     with pytest.raises(data.InputError, match="v5_gpt.py needs one row"):
         ladder.update_counts(readme.replace("[v5_gpt.py]", "[v5]"))

@@ -5,19 +5,18 @@ import json
 import math
 import re
 
-import data
-from data import corpora
-
 import numpy as np
 import pytest
 import torch
 from conftest import TEXT, TINY, build, shaken
 
 import bigram
+import data
 import v2_single_head
 import v3_multi_head
 import v4_feedforward
 import v5_gpt
+from data import corpora
 from lab.web import live
 
 SCRIPTS = [bigram, v2_single_head, v3_multi_head, v4_feedforward, v5_gpt]

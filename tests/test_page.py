@@ -1,7 +1,6 @@
 """lab/page.py and lab/web/: runs that are kept, diffs and curves, and the page as committed."""
 
 import dataclasses
-import importlib
 import re
 
 import pytest
@@ -9,7 +8,7 @@ import torch
 from conftest import TEXT, VOCAB_SIZE, tiny
 
 from lab import page
-from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, read, source
+from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, load, read, source
 from lab.web import curves, diffs, lessons, runs
 
 INDEX = ROOT / "docs" / "index.html"
@@ -98,9 +97,9 @@ def test_a_curve_has_the_losses_of_both_and_labels():
 
 def test_a_curve_of_tokens_is_per_character():
     parent = result("v7b_kv_cache", [4, 3, 2.5])
-    run = result("v8a_bpe", [10, 6, 5], characters_per_token=2.5)
+    run = result("v8b_gpt2_tokens", [10, 6, 5], characters_per_token=2.5)
     curve = curves.loss_curve(run, parent)
-    assert "v8a_bpe 2.00" in curve
+    assert "v8b_gpt2_tokens 2.00" in curve
     assert "millions of characters" in curve
 
 
@@ -134,7 +133,7 @@ def test_a_run_is_kept_until_the_script_changes(tmp_path, monkeypatch):
 def test_scripts_that_train_like_another_one(script, splits):
     histories, defaults = [], []
     for name in (script, runs.SAME_TRAINING[script]):
-        module = importlib.import_module(name)
+        module = load(name)
         torch.manual_seed(1)
         model = module.LanguageModel(tiny(module), VOCAB_SIZE)
         histories.append(module.train(model, *splits, tiny(module)))

@@ -4,19 +4,17 @@ Skipped without Chromium or Playwright's Python package.
 """
 
 import base64
-import importlib
 import json
 import re
 import shutil
-
-import data
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
-from lab.ladder import ROOT
+import data
+from lab.ladder import ROOT, load
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright isn't installed")
 
@@ -101,7 +99,7 @@ def models(packed):
     """PyTorch's models with the weights in the page."""
     models = {}
     for name in MODELS:
-        script = importlib.import_module(name)
+        script = load(name)
         cfg = data.read_flags(script.Config, "", ["--device", "cpu"])
         model = script.LanguageModel(cfg, len(packed["characters"]))
         weights = {}

@@ -5,13 +5,12 @@ import runpy
 import sys
 from pathlib import Path
 
-import data
-from data import prepare
-
 import numpy as np
 import pytest
 import tiktoken
 from conftest import TEXT, refused
+
+from data import prepare, token_files
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +33,7 @@ def test_texts_become_one_file_with_a_description(tmp_path, corpus, capsys):
     assert "encoding corpus.txt: 100%" in err
     assert "encoding second.txt: 100%" in err
     assert np.fromfile(path, dtype="<u2").tolist() == [*TEXT.encode(), 50_256, *b"fox"]
-    assert len(data.load_tokens(str(path))) == len(TEXT) + 4
+    assert len(token_files.load_tokens(str(path))) == len(TEXT) + 4
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"corpus.txt", "second.txt", "all.bin", "all.bin.json"}
 
@@ -47,7 +46,7 @@ def test_a_file_from_elsewhere_only_gets_a_description(tmp_path, capsys):
     assert out == f"{path}.json: describes 1,234 tokens\n"
     assert err == ""
     assert json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["n_tokens"] == 1234
-    assert data.load_tokens(str(path))[np.arange(1234)].tolist() == list(range(1234))
+    assert token_files.load_tokens(str(path))[np.arange(1234)].tolist() == list(range(1234))
 
 
 def test_it_runs_as_a_module(tmp_path, corpus, monkeypatch):
@@ -55,7 +54,7 @@ def test_it_runs_as_a_module(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(corpus), "--out", str(path)])
     monkeypatch.delitem(sys.modules, "data.prepare")
     runpy.run_module("data.prepare", run_name="__main__")
-    assert len(data.load_tokens(str(path))) == len(TEXT)
+    assert len(token_files.load_tokens(str(path))) == len(TEXT)
 
 
 def test_help_shows_both_commands(capsys):

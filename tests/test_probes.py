@@ -3,13 +3,12 @@
 import math
 import re
 
-import data
-
 import matplotlib.image
 import pytest
 import torch
 from conftest import refused
 
+import data
 from lab import probes
 from lab.ladder import ROOT
 

@@ -2,10 +2,9 @@
 
 import subprocess
 
-import data
-
 import pytest
 
+import data
 from lab import propagate
 
 # first -> second -> third, and first -> other

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lab import released
+from support import llama_files
 
 SMALL = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -57,7 +58,7 @@ def test_a_run_prints_a_row_for_each_program(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert out.startswith("smollm2-135m, 19,224 parameters in float32: 3 tokens after 16; ")
     rows = out.splitlines()[-2:]
-    assert [row.split("|")[1].strip() for row in rows] == ["`v9i_pretrained`", "`transformers`"]
+    assert [row.split("|")[1].strip() for row in rows] == ["`v11c_llama_weights`", "`transformers`"]
 
 
 def test_the_table_has_the_median_and_the_most_memory():
@@ -71,8 +72,8 @@ def test_the_sizes_are_those_of_the_released_models(tmp_path):
     for name, n_parameters in (("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)):
         config = released.MODELS[name] | {"dtype": "bfloat16"}
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        settings = released.llama.read_config(tmp_path)
+        settings = llama_files.read_config(tmp_path)
         with torch.device("meta"):
-            cfg = released.v9i.read_settings(settings, ["--device", "cpu"])
-            model = released.v9i.LanguageModel(cfg, settings["vocab_size"])
+            cfg = released.v11c.read_settings(settings, ["--device", "cpu"])
+            model = released.v11c.LanguageModel(cfg, settings["vocab_size"])
         assert sum(p.numel() for p in model.parameters()) == n_parameters

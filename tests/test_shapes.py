@@ -1,20 +1,19 @@
 """Every shape comment is true: the scripts run under a tracer that checks the comments."""
 
 import ast
-import importlib
 import io
 import re
 import sys
 import tokenize
-
-import data
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
-from lab.ladder import SCRIPTS
+import data
+from lab.ladder import SCRIPTS, load
+from support import hardware
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
 
@@ -146,7 +145,7 @@ def run_traced(path, run) -> ShapeTracer:
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
-    script = importlib.import_module(name)
+    script = load(name)
     flags = [*tiny_flags(script, prompt="The q"), "--data", str(corpus)]
     sizes = tiny(script)
 
@@ -175,7 +174,7 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             ids = np.zeros(50, dtype=np.uint16)
             script.get_batch(ids, tiny(script, device=LikeCuda("cpu")))
         if hasattr(script, "orthogonalise"):  # as on a processor with bfloat16
-            monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+            monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
             script.orthogonalise(torch.randn(2, 6, 4))
 
     tracer = run_traced(script.__file__, run)

@@ -9,9 +9,6 @@ import sys
 import threading
 from pathlib import Path
 
-import data
-from data import token_files
-
 import numpy as np
 import pytest
 import tiktoken
@@ -19,7 +16,9 @@ import torch
 from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import v8a_bpe as v8a
+import data
+from data import token_files
+from part4_gpt2 import v8b_gpt2_tokens as v8b
 
 END_OF_TEXT = 50_256
 
@@ -148,7 +147,7 @@ def test_a_file_has_the_ids_of_its_text_and_a_description(bin_file, bpe):
         "n_tokens": len(ids),
         "sha256": hashlib.sha256(bin_file.read_bytes()).hexdigest(),
     }
-    assert as_list(data.load_tokens(str(bin_file))) == ids
+    assert as_list(token_files.load_tokens(str(bin_file))) == ids
     assert names_in(bin_file.parent) == {"corpus.txt", "prepared.bin", "prepared.bin.json"}
 
 
@@ -253,28 +252,28 @@ def test_a_bar_shows_how_fast_a_text_is_encoded(tmp_path, corpus, bpe, capsys):
 
 
 def test_a_text_is_encoded_once(corpus, bpe, monkeypatch):
-    first = data.load_tokens(str(corpus))
+    first = token_files.load_tokens(str(corpus))
     assert isinstance(first, token_files.TokenFile)
     assert as_list(first) == bpe.encode_ordinary(TEXT)
     kept = {"corpus.txt", "corpus.txt.gpt2.bin", "corpus.txt.gpt2.bin.json"}
     assert names_in(corpus.parent) == kept
     forbid_encoding(monkeypatch)
-    assert as_list(data.load_tokens(str(corpus))) == as_list(first)
-    assert as_list(data.load_tokens(f"{corpus}.gpt2.bin")) == as_list(first)
+    assert as_list(token_files.load_tokens(str(corpus))) == as_list(first)
+    assert as_list(token_files.load_tokens(f"{corpus}.gpt2.bin")) == as_list(first)
 
 
 def test_a_text_that_has_changed_is_encoded_again(corpus, bpe):
-    data.load_tokens(str(corpus))
+    token_files.load_tokens(str(corpus))
     stat = corpus.stat()
     corpus.write_text(TEXT.replace("fox", "hen"), encoding="utf-8")
     os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither newer nor longer
     expected = bpe.encode_ordinary(TEXT.replace("fox", "hen"))
-    assert as_list(data.load_tokens(str(corpus))) == expected
+    assert as_list(token_files.load_tokens(str(corpus))) == expected
 
 
 @pytest.mark.parametrize("lost", ["ids", "description", "half of the ids", "mark of the text"])
 def test_a_kept_file_that_is_damaged_is_made_anew(corpus, bpe, lost):
-    data.load_tokens(str(corpus))
+    token_files.load_tokens(str(corpus))
     kept, description = Path(f"{corpus}.gpt2.bin"), Path(f"{corpus}.gpt2.bin.json")
     if lost == "ids":
         kept.unlink()
@@ -286,13 +285,13 @@ def test_a_kept_file_that_is_damaged_is_made_anew(corpus, bpe, lost):
         described = description_of(kept)
         del described["text_sha256"]
         description.write_text(json.dumps(described), encoding="utf-8")
-    assert as_list(data.load_tokens(str(corpus))) == bpe.encode_ordinary(TEXT)
+    assert as_list(token_files.load_tokens(str(corpus))) == bpe.encode_ordinary(TEXT)
     assert description_of(kept)["text_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
 
 
 def test_a_folder_that_can_not_be_written_to_keeps_nothing(corpus, bpe, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: False)
-    tokens = data.load_tokens(str(corpus))
+    tokens = token_files.load_tokens(str(corpus))
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == bpe.encode_ordinary(TEXT)
     assert names_in(corpus.parent) == {"corpus.txt"}
@@ -304,13 +303,13 @@ def test_a_full_disk_leaves_nothing_behind(corpus, bpe, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(data.InputError, match="^--data .*No space left on device"):
-        data.load_tokens(str(corpus))
+        token_files.load_tokens(str(corpus))
     assert names_in(corpus.parent) == {"corpus.txt"}
 
 
 def test_shakespeare_and_python_are_encoded_in_memory(bpe, monkeypatch):
     monkeypatch.setattr(data.corpora, "python_library", lambda: TEXT)
-    tokens = data.load_tokens("python")
+    tokens = token_files.load_tokens("python")
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == bpe.encode_ordinary(TEXT)
 
@@ -329,14 +328,14 @@ def test_what_is_not_text_is_refused_and_leaves_nothing(tmp_path, bpe, monkeypat
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(data.InputError, match=f"^--val_data {path}: {said}"):
-        data.load_tokens(str(path), "--val_data")
+        token_files.load_tokens(str(path), "--val_data")
     assert names_in(tmp_path) == {"bad.txt"}
 
 
 def test_a_text_that_is_not_there_is_refused(tmp_path, bpe):
     for path in (tmp_path, tmp_path / "missing.txt", "", "x" * 3000):
         with pytest.raises(data.InputError, match="^--data .*give the path of a text file"):
-            data.load_tokens(str(path))
+            token_files.load_tokens(str(path))
 
 
 # ---- files that aren't what they should be
@@ -394,13 +393,13 @@ def damage(path, what):
 def test_a_file_that_is_not_what_it_should_be_is_refused(bin_file, what):
     said = damage(bin_file, what)
     with pytest.raises(data.InputError, match=f"^--val_data {bin_file}: .*{said}"):
-        data.load_tokens(str(bin_file), "--val_data")
+        token_files.load_tokens(str(bin_file), "--val_data")
 
 
 def test_a_text_named_bin_is_not_trained_on(tmp_path, bpe, capsys):
     path = tmp_path / "novel.bin"
     path.write_text(TEXT, encoding="utf-8")
-    line = refused(v8a, capsys, *tiny_flags(v8a, tokenizer="gpt2"), "--data", path)
+    line = refused(v8b, capsys, *tiny_flags(v8b, tokenizer="gpt2"), "--data", path)
     assert line.startswith(f"error: --data {path}: not known to hold token ids")
     assert names_in(tmp_path) == {"novel.bin"}
 
@@ -415,7 +414,7 @@ def test_an_adopted_file_is_described_as_if_it_had_been_made_here(bin_file):
     assert token_files.adopt(bin_file, "--adopt") == expected["n_tokens"]
     assert description_of(bin_file) == expected
     assert bin_file.read_bytes() == before
-    assert as_list(data.load_tokens(str(bin_file))) == ids_of(bin_file)
+    assert as_list(token_files.load_tokens(str(bin_file))) == ids_of(bin_file)
 
 
 LARGEST = np.array([0, 50_256], dtype="<u2").tobytes()
@@ -454,20 +453,20 @@ def test_what_can_not_be_token_ids_is_not_adopted(tmp_path, monkeypatch, content
 
 
 def test_the_tokenizer_is_gpt2_if_it_can_be_had(bpe, capsys):
-    names = [data.choose_tokenizer(name) for name in ("auto", "gpt2", "char")]
+    names = [token_files.choose_tokenizer(name) for name in ("auto", "gpt2", "char")]
     assert names == ["gpt2", "gpt2", "char"]
     assert capsys.readouterr().err == ""
 
 
 def test_without_its_files_the_tokenizer_is_char_or_an_error(no_encoding, capsys):
-    assert data.choose_tokenizer("char") == "char"
+    assert token_files.choose_tokenizer("char") == "char"
     assert capsys.readouterr().err == ""
-    assert data.choose_tokenizer("auto") == "char"
+    assert token_files.choose_tokenizer("auto") == "char"
     notice = capsys.readouterr().err
     assert notice.startswith("notice: can't load GPT-2's tokenizer (no network)")
     assert notice.endswith("Continuing with characters.\n")
     with pytest.raises(data.InputError, match="^--tokenizer gpt2: .*TIKTOKEN_CACHE_DIR"):
-        data.choose_tokenizer("gpt2")
+        token_files.choose_tokenizer("gpt2")
 
 
 def test_the_checksum_tells_corpora_and_splits_apart(tmp_path):
@@ -486,10 +485,10 @@ def test_the_checksum_tells_corpora_and_splits_apart(tmp_path):
 
 def splits_of(tokenizer, **changes):
     """What load_splits gives for these settings, as lists."""
-    cfg = tiny(v8a, tokenizer=tokenizer, **changes)
+    cfg = tiny(v8b, tokenizer=tokenizer, **changes)
     text = data.load_text(cfg.data) if tokenizer == "char" else ""
-    made = v8a.BPETokenizer() if tokenizer == "gpt2" else data.CharTokenizer(text)
-    return [as_list(part) for part in data.load_splits(cfg, made, text)]
+    made = v8b.BPETokenizer() if tokenizer == "gpt2" else data.CharTokenizer(text)
+    return [as_list(part) for part in token_files.load_splits(cfg, made, text)]
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
@@ -527,8 +526,8 @@ def test_a_text_that_is_too_short_names_its_flag(tmp_path, corpus, bpe, tokenize
 def test_the_least_validation_text_is_just_enough(tmp_path, corpus):
     other = tmp_path / "other.txt"
     other.write_text(TEXT[:6], encoding="utf-8")  # a window of block_size and its targets
-    cfg = tiny(v8a, data=str(corpus), val_data=str(other))
-    _, val_tokens = data.load_splits(cfg, data.CharTokenizer(TEXT), TEXT)
+    cfg = tiny(v8b, data=str(corpus), val_data=str(other))
+    _, val_tokens = token_files.load_splits(cfg, data.CharTokenizer(TEXT), TEXT)
     x, y = data.get_batch(val_tokens, 1, cfg.block_size, "cpu")
     assert x.shape == y.shape == (1, 5)
 

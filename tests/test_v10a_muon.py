@@ -1,19 +1,20 @@
-"""v9e_muon.py: orthogonal updates, PyTorch's own Muon, and checkpoints of two optimizers."""
+"""v10a_muon.py: orthogonal updates, PyTorch's own Muon, and checkpoints of two optimizers."""
 
-import data
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import build, random_tokens, refused, tiny, tiny_flags
 
-import v9d_gqa as v9d
-import v9e_muon as v9e
+from part5_modern import v9d_gqa as v9d
+from part6_speedrun import v10a_muon as v10a
+from support import hardware, runs
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])
 def bfloat16(request, monkeypatch):
     """Whether the hardware has bfloat16."""
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: request.param)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: request.param)
     return request.param
 
 
@@ -25,7 +26,7 @@ def test_singular_values_come_close_to_one(shape, bfloat16):
     """The iteration doesn't converge to 1, but all values end between 0.5 and 1.3."""
     torch.manual_seed(1)
     matrices = torch.randn(shape)
-    values = torch.linalg.svdvals(v9e.orthogonalise(matrices))
+    values = torch.linalg.svdvals(v10a.orthogonalise(matrices))
     assert values.shape == (shape[0], min(shape[1:]))
     assert torch.linalg.svdvals(matrices).max() > 5
     small = torch.linalg.svdvals(matrices) / matrices.norm(dim=(1, 2))[:, None] < 0.01
@@ -39,7 +40,7 @@ def test_singular_vectors_stay(bfloat16):
     u, _ = torch.linalg.qr(torch.randn(5, 5))
     v, _ = torch.linalg.qr(torch.randn(30, 5))
     matrix = u @ torch.diag(torch.tensor([8.0, 4.0, 2.0, 1.0, 0.5])) @ v.T
-    (update,) = v9e.orthogonalise(matrix[None])
+    (update,) = v10a.orthogonalise(matrix[None])
     mixed = u.T @ update @ v
     assert (mixed.diag() - 1).abs().max() < 0.35
     assert (mixed - torch.diag(mixed.diag())).abs().max() < 0.02
@@ -47,7 +48,7 @@ def test_singular_vectors_stay(bfloat16):
 
 
 def test_a_matrix_of_zeros_stays():
-    assert torch.equal(v9e.orthogonalise(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
+    assert torch.equal(v10a.orthogonalise(torch.zeros(2, 3, 4)), torch.zeros(2, 3, 4))
 
 
 def test_float32_is_used_without_bfloat16_hardware(monkeypatch):
@@ -60,9 +61,9 @@ def test_float32_is_used_without_bfloat16_hardware(monkeypatch):
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", note)
     for supported, dtype in ((True, torch.bfloat16), (False, torch.float32)):
-        monkeypatch.setattr(data, "supports_bfloat16", lambda device, answer=supported: answer)
+        monkeypatch.setattr(hardware, "supports_bfloat16", lambda device, answer=supported: answer)
         dtypes.clear()
-        assert v9e.orthogonalise(torch.randn(1, 4, 6)).dtype == torch.float32
+        assert v10a.orthogonalise(torch.randn(1, 4, 6)).dtype == torch.float32
         assert dtypes == {dtype}
 
 
@@ -87,13 +88,13 @@ def train_with(make_optimizer, n_steps=10):
 def test_ten_steps_equal_those_of_pytorch(bfloat16):
     """PyTorch always rounds to bfloat16, by up to 0.4% each time; ten steps add up to below 3%."""
     settings = {"lr": 0.02, "weight_decay": 0.1}
-    ours = train_with(lambda parameters: v9e.Muon([{"params": parameters}], **settings))
+    ours = train_with(lambda parameters: v10a.Muon([{"params": parameters}], **settings))
     theirs = train_with(
         lambda parameters: torch.optim.Muon(
             parameters, adjust_lr_fn="match_rms_adamw", momentum=0.95, **settings
         )
     )
-    start = train_with(lambda parameters: v9e.Muon([{"params": parameters}], **settings), 0)
+    start = train_with(lambda parameters: v10a.Muon([{"params": parameters}], **settings), 0)
     for mine, other, before in zip(ours, theirs, start, strict=True):
         change = (other - before).norm()
         assert change > 0.5
@@ -105,7 +106,7 @@ def test_weight_decay_is_decoupled():
     parameter = torch.nn.Parameter(torch.randn(4, 6))
     before = parameter.detach().clone()
     parameter.grad = torch.zeros(4, 6)
-    v9e.Muon([{"params": [parameter]}], lr=0.1, weight_decay=0.5).step()
+    v10a.Muon([{"params": [parameter]}], lr=0.1, weight_decay=0.5).step()
     torch.testing.assert_close(parameter.detach(), before * (1 - 0.1 * 0.5))
 
 
@@ -114,7 +115,7 @@ def test_an_update_is_as_large_as_one_of_adamw():
     for shape in ((64, 64), (64, 256), (256, 64)):
         parameter = torch.nn.Parameter(torch.zeros(shape))
         parameter.grad = torch.randn(shape)
-        v9e.Muon([{"params": [parameter]}], lr=1.0, weight_decay=0.0).step()
+        v10a.Muon([{"params": [parameter]}], lr=1.0, weight_decay=0.0).step()
         assert parameter.square().mean().sqrt().item() == pytest.approx(0.2, rel=0.25)
 
 
@@ -127,14 +128,14 @@ def test_queries_keys_and_values_are_matrices_of_their_own():
     for part, gradient in zip(apart, together.grad.split([12, 6, 6]), strict=True):
         part.grad = gradient.clone()
     how = {"lr": 0.1, "weight_decay": 0.1}
-    v9e.Muon([{"params": [together], "rows": [12, 6, 6]}], **how).step()
-    v9e.Muon([{"params": apart}], **how).step()
+    v10a.Muon([{"params": [together], "rows": [12, 6, 6]}], **how).step()
+    v10a.Muon([{"params": apart}], **how).step()
     torch.testing.assert_close(together.detach(), torch.cat(apart).detach(), atol=1e-3, rtol=1e-2)
 
 
 def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
-    model = build(v9e)
-    muon, adamw = v9e.make_optimizers(model, tiny(v9e))
+    model = build(v10a)
+    muon, adamw = v10a.make_optimizers(model, tiny(v10a))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     in_muon = {names[id(p)] for group in muon.param_groups for p in group["params"]}
     in_adamw = {names[id(p)] for group in adamw.param_groups for p in group["params"]}
@@ -151,7 +152,7 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
 
 
 def test_the_model_is_that_of_v9d():
-    ours, theirs = build(v9e), build(v9d)
+    ours, theirs = build(v10a), build(v9d)
     ours.load_state_dict(theirs.state_dict())
     idx = random_tokens(2, 5)
     assert torch.equal(ours(idx)[0], theirs(idx)[0])
@@ -161,14 +162,14 @@ def test_the_model_is_that_of_v9d():
 
 
 def run(folder, corpus, *flags):
-    v9e.main([*flags, "--out_dir", str(folder), "--data", str(corpus)])
+    v10a.main([*flags, "--out_dir", str(folder), "--data", str(corpus)])
     return torch.load(folder / "latest.pt", weights_only=True)
 
 
 def test_both_optimizers_follow_the_schedule(splits, monkeypatch):
-    cfg = tiny(v9e, max_iters=4, warmup_iters=2)
+    cfg = tiny(v10a, max_iters=4, warmup_iters=2)
     rates = []
-    real = v9e.make_optimizers
+    real = v10a.make_optimizers
 
     def make_optimizers(model, cfg):
         optimizers = real(model, cfg)
@@ -178,18 +179,18 @@ def test_both_optimizers_follow_the_schedule(splits, monkeypatch):
             )
         return optimizers
 
-    monkeypatch.setattr(v9e, "make_optimizers", make_optimizers)
-    v9e.train(build(v9e), *splits, cfg)
-    expected = [{v9e.learning_rate_at(step, cfg)} for step in range(4)]
+    monkeypatch.setattr(v10a, "make_optimizers", make_optimizers)
+    v10a.train(build(v10a), *splits, cfg)
+    expected = [{v10a.learning_rate_at(step, cfg)} for step in range(4)]
     assert rates[::2] == rates[1::2] == expected
 
 
 def test_a_resumed_run_ends_with_the_same_weights_and_averages(corpus, tmp_path):
-    flags = tiny_flags(v9e, max_iters=4, warmup_iters=1)
+    flags = tiny_flags(v10a, max_iters=4, warmup_iters=1)
     expected = run(tmp_path / "whole", corpus, *flags)
-    half = tiny_flags(v9e, max_iters=4, warmup_iters=1)
+    half = tiny_flags(v10a, max_iters=4, warmup_iters=1)
     stop_at = {"step": 2}
-    real = data.stop_requested
+    real = runs.stop_requested
     calls = []
 
     def stop_requested():
@@ -197,11 +198,11 @@ def test_a_resumed_run_ends_with_the_same_weights_and_averages(corpus, tmp_path)
         return len(calls) > stop_at["step"] * 4 or real()
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(data, "stop_requested", stop_requested)
+        patch.setattr(runs, "stop_requested", stop_requested)
         run(tmp_path / "half", corpus, *half)
     first = torch.load(tmp_path / "half" / "latest.pt", weights_only=True)
     assert 0 < first["step"] < 4
-    v9e.main(["--resume", "--out_dir", str(tmp_path / "half")])
+    v10a.main(["--resume", "--out_dir", str(tmp_path / "half")])
     resumed = torch.load(tmp_path / "half" / "latest.pt", weights_only=True)
     for name, weight in expected["model"].items():
         assert torch.equal(resumed["model"][name], weight), name
@@ -213,15 +214,16 @@ def test_a_resumed_run_ends_with_the_same_weights_and_averages(corpus, tmp_path)
 
 
 def test_averages_of_the_wrong_shape_are_refused(corpus, tmp_path, capsys):
-    state = run(tmp_path, corpus, *tiny_flags(v9e))
+    state = run(tmp_path, corpus, *tiny_flags(v10a))
     state["optimizer"][0][0]["average"] = torch.zeros(3, 3)
     torch.save(state, tmp_path / "latest.pt")
-    line = refused(v9e, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
+    line = refused(v10a, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
     assert "the optimizer's averages don't fit (average has shape (3, 3))" in line
 
 
 def test_a_run_of_v9d_can_not_be_resumed(corpus, tmp_path, capsys):
     v9d.main([*tiny_flags(v9d, out_dir=tmp_path), "--data", str(corpus)])
-    line = refused(v9e, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
+    line = refused(v10a, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
     assert line.startswith(f"error: {tmp_path / 'latest.pt'}: ")
-    assert line.endswith("or written by a script with another optimizer; use v9d_gqa.py")
+    v9d = Path("part5_modern", "v9d_gqa.py")
+    assert line.endswith(f"or written by a script with another optimizer; use {v9d}")

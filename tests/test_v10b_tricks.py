@@ -1,11 +1,11 @@
-"""v9j_tricks.py: the switches, and the cache beside pairs of characters."""
+"""v10b_tricks.py: the switches, and the cache beside pairs of characters."""
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, shaken, tiny
 
-import v9e_muon as v9e
-import v9j_tricks as v9j
+from part6_speedrun import v10a_muon as v10a
+from part6_speedrun import v10b_tricks as v10b
 
 SWITCHES = [
     "qk_norm", "zero_init", "embedding_norm", "bigrams", "smear", "value_embeddings", "slow_head",
@@ -27,7 +27,7 @@ def inputs_of_the_first_block(model, idx):
 
 
 def test_without_its_switches_it_computes_what_v9e_computes():
-    ours, theirs = build(v9j, **ALL_OFF), build(v9e)
+    ours, theirs = build(v10b, **ALL_OFF), build(v10a)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())
     idx, targets = random_tokens(2, 5), random_tokens(2, 5)
@@ -37,8 +37,8 @@ def test_without_its_switches_it_computes_what_v9e_computes():
 
 @pytest.mark.parametrize("switch", ["bigrams", "smear", "value_embeddings"])
 def test_three_switches_add_embeddings_or_a_gate(switch):
-    on = shaken(build(v9j, **{**ALL_OFF, switch: True}))
-    off = build(v9j, **ALL_OFF)
+    on = shaken(build(v10b, **{**ALL_OFF, switch: True}))
+    off = build(v10b, **ALL_OFF)
     weights = on.state_dict()
     off.load_state_dict({name: weights[name] for name in off.state_dict()})
     assert len(weights) > len(off.state_dict())
@@ -47,7 +47,7 @@ def test_three_switches_add_embeddings_or_a_gate(switch):
 
 
 def test_at_first_each_block_changes_nothing():
-    model = build(v9j)
+    model = build(v10b)
     seen = []
     for block in model.blocks:
         block.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0], output)))
@@ -59,14 +59,14 @@ def test_at_first_each_block_changes_nothing():
 
 
 def test_without_zero_init_each_block_changes_something():
-    model = build(v9j, zero_init=False)
+    model = build(v10b, zero_init=False)
     x = torch.randn(1, 3, 18)
     assert not torch.allclose(model.blocks[0](x, torch.zeros(3, 3)), x, atol=1e-3)
 
 
 def test_each_pair_of_characters_has_an_embedding():
     """The first character of a text forms a pair with token 0."""
-    model = shaken(build(v9j, embedding_norm=False, smear=False))
+    model = shaken(build(v10b, embedding_norm=False, smear=False))
     idx = random_tokens(2, 5)
     actual = inputs_of_the_first_block(model, idx)
     for b in range(2):
@@ -78,12 +78,12 @@ def test_each_pair_of_characters_has_an_embedding():
 
 
 def test_the_embeddings_are_normalised():
-    x = inputs_of_the_first_block(shaken(build(v9j, smear=False)), random_tokens(2, 5))
+    x = inputs_of_the_first_block(shaken(build(v10b, smear=False)), random_tokens(2, 5))
     torch.testing.assert_close(x.pow(2).mean(dim=-1), torch.ones(2, 5), atol=1e-3, rtol=0)
 
 
 def test_a_gate_adds_some_of_the_previous_embedding():
-    model = shaken(build(v9j, embedding_norm=False, bigrams=False))
+    model = shaken(build(v10b, embedding_norm=False, bigrams=False))
     idx = random_tokens(1, 5)
     actual = inputs_of_the_first_block(model, idx)
     embeddings = model.token_embedding(idx[0])
@@ -95,7 +95,7 @@ def test_a_gate_adds_some_of_the_previous_embedding():
 
 def test_values_are_mixed_with_an_embedding_of_their_character():
     """Attention to a single position returns its value, so it shows there."""
-    model = shaken(build(v9j))
+    model = shaken(build(v10b))
     attention = model.blocks[1].attention
     x, angles = torch.randn(1, 1, 18), torch.zeros(1, 3)
     embedding = model.value_embeddings[1](torch.tensor([[4]]))
@@ -106,7 +106,7 @@ def test_values_are_mixed_with_an_embedding_of_their_character():
 
 
 def test_each_block_has_value_embeddings_of_its_own():
-    model = shaken(build(v9j))
+    model = shaken(build(v10b))
     seen = []
     for block in model.blocks:
         block.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[3]))
@@ -117,7 +117,7 @@ def test_each_block_has_value_embeddings_of_its_own():
 
 
 def test_the_size_of_queries_and_keys_has_no_effect():
-    model = shaken(build(v9j))
+    model = shaken(build(v10b))
     idx = random_tokens(2, 5)
     before, _ = model(idx)
     with torch.no_grad():
@@ -127,7 +127,7 @@ def test_the_size_of_queries_and_keys_has_no_effect():
 
 
 def test_relu_squared_has_two_matrices_and_no_gate():
-    model = shaken(build(v9j))
+    model = shaken(build(v10b))
     feed_forward = model.blocks[0].feed_forward
     first, second = (parameter for parameter in feed_forward.parameters())
     assert (first.shape, second.shape) == ((72, 18), (18, 72))
@@ -139,7 +139,7 @@ def test_relu_squared_has_two_matrices_and_no_gate():
 @pytest.mark.parametrize("lengths", [[12], [1] * 12, [4, 1, 1, 6], [1, 11]])
 def test_tokens_may_come_to_the_cache_in_pieces(lengths):
     """Although the first token of a piece forms a pair with the last one of the piece before."""
-    model = shaken(build(v9j, block_size=12))
+    model = shaken(build(v10b, block_size=12))
     idx = random_tokens(3, 12)
     expected, _ = model(idx)
     caches = model.make_caches(3)
@@ -151,8 +151,8 @@ def test_tokens_may_come_to_the_cache_in_pieces(lengths):
 
 
 def test_muon_still_has_only_the_matrices_of_the_blocks():
-    model = build(v9j)
-    muon, adamw = v9j.make_optimizers(model, tiny(v9j))
+    model = build(v10b)
+    muon, adamw = v10b.make_optimizers(model, tiny(v10b))
     n_muon = sum(p.numel() for group in muon.param_groups for p in group["params"])
     n_adamw = sum(p.numel() for group in adamw.param_groups for p in group["params"])
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
@@ -162,17 +162,17 @@ def test_muon_still_has_only_the_matrices_of_the_blocks():
 
 @pytest.mark.parametrize(("changes", "factor"), [({}, 0.2), ({"slow_head": False}, 1.0)])
 def test_the_last_layer_learns_at_a_fifth_of_the_rate(splits, monkeypatch, changes, factor):
-    model = build(v9j, **changes)
+    model = build(v10b, **changes)
     made = []
-    make_optimizers = v9j.make_optimizers
+    make_optimizers = v10b.make_optimizers
 
     def remember(*arguments):
         made.extend(make_optimizers(*arguments))
         return made
 
-    monkeypatch.setattr(v9j, "make_optimizers", remember)
-    cfg = tiny(v9j, **changes, max_iters=1, warmup_iters=0, learning_rate=0.25)
-    v9j.train(model, *splits, cfg)
+    monkeypatch.setattr(v10b, "make_optimizers", remember)
+    cfg = tiny(v10b, **changes, max_iters=1, warmup_iters=0, learning_rate=0.25)
+    v10b.train(model, *splits, cfg)
     for optimizer in made:
         for group in optimizer.param_groups:
             is_head = any(p is model.lm_head.weight for p in group["params"])
@@ -180,6 +180,6 @@ def test_the_last_layer_learns_at_a_fifth_of_the_rate(splits, monkeypatch, chang
 
 
 def test_only_the_matrices_of_the_blocks_decay():
-    muon, adamw = v9j.make_optimizers(build(v9j), tiny(v9j, weight_decay=0.5))
+    muon, adamw = v10b.make_optimizers(build(v10b), tiny(v10b, weight_decay=0.5))
     assert [group["weight_decay"] for group in muon.param_groups] == [0.5, 0.5]
     assert {group["weight_decay"] for group in adamw.param_groups} == {0.0}

@@ -1,6 +1,6 @@
-"""v9g_llama.py: the settings that make v9d's model that of Llama and Qwen3.
+"""v11a_llama.py: the settings that make v9d's model that of Llama and Qwen3.
 
-That it computes what they compute is tested in test_v9i_pretrained.py, with transformers.
+That it computes what they compute is tested in test_v11c_llama_weights.py, with transformers.
 """
 
 import math
@@ -14,8 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-import v9d_gqa as v9d
-import v9g_llama as v9g
+from part5_modern import v9d_gqa as v9d
+from part7_released import v11a_llama as v11a
 
 SMOLLM2_135M = {
     "n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "intermediate_size": 1536,
@@ -53,12 +53,12 @@ def sizes_of(model) -> dict[str, torch.Size]:
 
 
 def frequencies_of(cfg) -> torch.Tensor:
-    return v9g.rotation_angles(torch.ones(1).long(), cfg)[0]
+    return v11a.rotation_angles(torch.ones(1).long(), cfg)[0]
 
 
 def n_parameters(sizes: dict, vocab_size: int) -> int:
     with torch.device("meta"):
-        model = v9g.LanguageModel(tiny(v9g, **sizes), vocab_size)
+        model = v11a.LanguageModel(tiny(v11a, **sizes), vocab_size)
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -66,7 +66,7 @@ def n_parameters(sizes: dict, vocab_size: int) -> int:
 
 
 def test_without_flags_it_is_v9d():
-    old, new = decisive(build(v9d)), build(v9g).eval()
+    old, new = decisive(build(v9d)), build(v11a).eval()
     assert sizes_of(new) == sizes_of(old)
     new.load_state_dict(old.state_dict())
     idx, targets = random_tokens(3, 5), random_tokens(3, 5)
@@ -76,10 +76,10 @@ def test_without_flags_it_is_v9d():
 
 def test_heads_may_have_any_even_size():
     """n_embd, 18, need not be a multiple of n_head then."""
-    expected = sizes_of(build(v9g))
+    expected = sizes_of(build(v11a))
     for n_head, n_kv_head, head_size in ((3, 1, 10), (3, 3, 2), (4, 2, 6)):
         sizes = {"n_head": n_head, "n_kv_head": n_kv_head, "head_size": head_size}
-        model = build(v9g, **sizes)
+        model = build(v11a, **sizes)
         for name in expected:
             if name.endswith("query_key_value.weight"):
                 expected[name] = ((n_head + 2 * n_kv_head) * head_size, 18)
@@ -92,7 +92,7 @@ def test_heads_may_have_any_even_size():
 
 @pytest.mark.parametrize(("intermediate_size", "hidden"), [(0, 48), (7, 7), (100, 100)])
 def test_the_feed_forward_network_may_have_any_width(intermediate_size, hidden):
-    layer = v9g.FeedForward(tiny(v9g, intermediate_size=intermediate_size))
+    layer = v11a.FeedForward(tiny(v11a, intermediate_size=intermediate_size))
     assert layer.gate.weight.shape == layer.expansion.weight.shape == (hidden, 18)
     assert layer.projection.weight.shape == (18, hidden)
 
@@ -106,10 +106,10 @@ def normalised(x, weight):
 def test_attention_by_hand(qk_norm):
     """Each head's query and key are normalised, but no value, and then they are rotated."""
     changes = {"head_size": 10, "qk_norm": qk_norm, "rms_norm_eps": 0.1}
-    cfg = tiny(v9g, **changes)
-    layer = decisive(v9g.MultiHeadAttention(cfg))
+    cfg = tiny(v11a, **changes)
+    layer = decisive(v11a.MultiHeadAttention(cfg))
     x = torch.randn(2, 5, 18)
-    angles = v9g.rotation_angles(torch.arange(5), cfg)
+    angles = v11a.rotation_angles(torch.arange(5), cfg)
     heads = (x @ layer.query_key_value.weight.T).view(2, 5, 5, 10)
     key, value = heads[:, :, 3], heads[:, :, 4]
     if qk_norm:
@@ -119,7 +119,7 @@ def test_attention_by_hand(qk_norm):
     for query in heads[:, :, :3].unbind(2):
         if qk_norm:
             query = normalised(query, layer.query_norm.weight)
-        scores = v9g.rotate(query, angles) @ v9g.rotate(key, angles).mT / math.sqrt(10)
+        scores = v11a.rotate(query, angles) @ v11a.rotate(key, angles).mT / math.sqrt(10)
         outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
     expected = torch.cat(outputs, dim=-1) @ layer.projection.weight.T
     torch.testing.assert_close(layer(x, angles), expected, rtol=0, atol=1e-4)
@@ -127,7 +127,7 @@ def test_attention_by_hand(qk_norm):
 
 def test_all_of_it_works_through_the_cache():
     model = decisive(
-        build(v9g, block_size=24, qk_norm=True, head_size=10, rope_factor=8.0, rope_theta=100.0,
+        build(v11a, block_size=24, qk_norm=True, head_size=10, rope_factor=8.0, rope_theta=100.0,
               tie_word_embeddings=True, original_max_position_embeddings=60)
     )
     idx = random_tokens(3, 24)
@@ -138,8 +138,8 @@ def test_all_of_it_works_through_the_cache():
 
 
 def test_every_normalisation_has_the_same_eps():
-    model = decisive(build(v9g, qk_norm=True, rms_norm_eps=0.3))
-    norms = [module for module in model.modules() if isinstance(module, v9g.RMSNorm)]
+    model = decisive(build(v11a, qk_norm=True, rms_norm_eps=0.3))
+    norms = [module for module in model.modules() if isinstance(module, v11a.RMSNorm)]
     assert len(norms) == 2 * 4 + 1
     for norm in norms:
         x = 0.5 * torch.randn(3, len(norm.weight))
@@ -153,9 +153,9 @@ def test_rope_theta_is_the_base_of_the_frequencies():
     positions = torch.arange(50)
     pairs = torch.arange(4)
     for rope_theta in (1.0, 100.0, 1e6):
-        cfg = tiny(v9g, head_size=8, rope_theta=rope_theta)
+        cfg = tiny(v11a, head_size=8, rope_theta=rope_theta)
         expected = positions[:, None] * rope_theta ** (-2 * pairs / 8)
-        torch.testing.assert_close(v9g.rotation_angles(positions, cfg), expected)
+        torch.testing.assert_close(v11a.rotation_angles(positions, cfg), expected)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_rope_theta_is_the_base_of_the_frequencies():
     ids=["Llama 3.1", "Llama 3.2", "other limits", "a short context"],
 )
 def test_slowed_rotations_are_those_of_transformers(changes):
-    cfg = tiny(v9g, head_size=64, **changes)
+    cfg = tiny(v11a, head_size=64, **changes)
     rope_parameters = {
         "rope_type": "llama3", "rope_theta": cfg.rope_theta, "factor": cfg.rope_factor,
         "low_freq_factor": cfg.rope_low_freq_factor, "high_freq_factor": cfg.rope_high_freq_factor,
@@ -187,15 +187,15 @@ def test_slowed_rotations_are_those_of_transformers(changes):
 
     positions = torch.randint(1000, (50,))
     cos, sin = LlamaRotaryEmbedding(config)(torch.empty(0), positions[None])
-    angles = v9g.rotation_angles(positions, cfg).repeat(1, 2)
+    angles = v11a.rotation_angles(positions, cfg).repeat(1, 2)
     torch.testing.assert_close(angles.cos(), cos[0], rtol=0, atol=1e-3)
     torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("changes", [{"rope_theta": 100.0}, {"rope_factor": 8.0}])
 def test_the_model_rotates_as_the_settings_say(changes):
-    old = decisive(build(v9g, original_max_position_embeddings=20))
-    new = build(v9g, original_max_position_embeddings=20, **changes).eval()
+    old = decisive(build(v11a, original_max_position_embeddings=20))
+    new = build(v11a, original_max_position_embeddings=20, **changes).eval()
     new.load_state_dict(old.state_dict())
     idx = random_tokens(3, 5)
     difference = (old(idx)[0] - new(idx)[0]).abs()
@@ -207,7 +207,7 @@ def test_the_model_rotates_as_the_settings_say(changes):
 
 
 def test_the_output_layer_may_be_the_token_embedding():
-    tied, untied = build(v9g, tie_word_embeddings=True), build(v9g)
+    tied, untied = build(v11a, tie_word_embeddings=True), build(v11a)
     assert tied.lm_head.weight is tied.token_embedding.weight
     assert untied.lm_head.weight is not untied.token_embedding.weight
     saved = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
@@ -216,16 +216,16 @@ def test_the_output_layer_may_be_the_token_embedding():
 
 def test_a_run_with_tied_embeddings_saves_them_once_and_goes_on(corpus, tmp_path, capsys):
     folder = tmp_path / "run"
-    flags = [*tiny_flags(v9g, out_dir=folder, max_new_tokens=40), "--data", str(corpus)]
-    v9g.main([*flags, "--tie_word_embeddings"])
+    flags = [*tiny_flags(v11a, out_dir=folder, max_new_tokens=40), "--data", str(corpus)]
+    v11a.main([*flags, "--tie_word_embeddings"])
     sample = capsys.readouterr().out.partition("\nvalidation loss ")[2].partition("\n")[2]
     state = torch.load(folder / "best.pt", weights_only=True)
     weights = state["model"]
     assert weights["lm_head.weight"].data_ptr() == weights["token_embedding.weight"].data_ptr()
     assert len(state["optimizer"]) == len(weights) - 1
-    v9g.main(["--sample_only", "--out_dir", str(folder)])
+    v11a.main(["--sample_only", "--out_dir", str(folder)])
     assert capsys.readouterr().out == sample
-    v9g.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
+    v11a.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
     weights = torch.load(folder / "latest.pt", weights_only=True)["model"]
     assert torch.equal(weights["lm_head.weight"], weights["token_embedding.weight"])
 
@@ -257,15 +257,15 @@ def test_llama_has_as_many_parameters_as_in_transformers():
 
 
 def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
-    v9g.main([*tiny_flags(v9g, out_dir=tmp_path), "--data", str(corpus)])
+    v11a.main([*tiny_flags(v11a, out_dir=tmp_path), "--data", str(corpus)])
     switches = {"qk_norm", "tie_word_embeddings"}
-    assert set(v9g.SIZES) == OTHERS.keys() | switches
+    assert set(v11a.SIZES) == OTHERS.keys() | switches
     for mode in ("--resume", "--sample_only"):
         for name, value in OTHERS.items():
-            line = refused(v9g, capsys, mode, "--out_dir", tmp_path, f"--{name}", value)
+            line = refused(v11a, capsys, mode, "--out_dir", tmp_path, f"--{name}", value)
             assert line.startswith(f"error: --{name} {value}: the checkpoint has ")
         for name in switches:
-            line = refused(v9g, capsys, mode, "--out_dir", tmp_path, f"--{name}")
+            line = refused(v11a, capsys, mode, "--out_dir", tmp_path, f"--{name}")
             assert line.startswith(f"error: --{name} True: the checkpoint has False, ")
 
 
@@ -280,6 +280,6 @@ def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
     ],
 )
 def test_impossible_heads_are_refused(corpus, capsys, changes, message):
-    flags = [*tiny_flags(v9g), *(f"--{name}={value}" for name, value in changes.items())]
-    line = refused(v9g, capsys, *flags, "--data", corpus)
+    flags = [*tiny_flags(v11a), *(f"--{name}={value}" for name, value in changes.items())]
+    line = refused(v11a, capsys, *flags, "--data", corpus)
     assert message in line

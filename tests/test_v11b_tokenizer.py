@@ -1,4 +1,4 @@
-"""v9h_tokenizer.py: the tokens of a tokenizer.json, compared with transformers, and their text.
+"""v11b_tokenizer.py: the tokens of a tokenizer.json, compared with transformers, and their text.
 
 How data/llama.py reads the files is tested in test_llama.py.
 """
@@ -7,9 +7,6 @@ import json
 import re
 import shutil
 from pathlib import Path
-
-import data
-from data import llama
 
 import numpy as np
 import pytest
@@ -28,8 +25,10 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-import v9g_llama as v9g
-import v9h_tokenizer as v9h
+import data
+from part7_released import v11a_llama as v11a
+from part7_released import v11b_tokenizer as v11b
+from support import llama_files
 
 # Every character beyond ASCII takes several tokens.
 STORY = "Zoë naïvely said:  “Ça va?”\n\n  🙂 世界 🙃\tthe fox jumps  over 12345 dogs.\n"
@@ -116,7 +115,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(path: Path):
-    return v9h.FileTokenizer(llama.read_tokenizer(path, "--tokenizer"))
+    return v11b.FileTokenizer(llama_files.read_tokenizer(path, "--tokenizer"))
 
 
 def one_by_one(ids):
@@ -125,12 +124,12 @@ def one_by_one(ids):
 
 
 def flags(corpus, **changes):
-    return [*tiny_flags(v9h, **changes), "--data", str(corpus)]
+    return [*tiny_flags(v11b, **changes), "--data", str(corpus)]
 
 
 def output(capsys, *flags):
     capsys.readouterr()
-    v9h.main([str(flag) for flag in flags])
+    v11b.main([str(flag) for flag in flags])
     return capsys.readouterr().out
 
 
@@ -164,7 +163,7 @@ def test_streamed_text_equals_the_text_decoded_at_once(any_path):
         prompt = tokenizer.decode(ids[:n])
         if prompt.endswith("\ufffd"):
             continue
-        pieces = list(v9h.stream_text(one_by_one(ids[n:]), tokenizer, "", ids[:n]))
+        pieces = list(v11b.stream_text(one_by_one(ids[n:]), tokenizer, "", ids[:n]))
         assert prompt + "".join(pieces) == STORY
         assert "\ufffd" not in "".join(pieces)
 
@@ -182,7 +181,7 @@ def test_text_streams_as_soon_as_its_characters_are_complete(any_path):
             yield token
 
     shown = ""
-    for piece in v9h.stream_text(take(), tokenizer, "", prompt):
+    for piece in v11b.stream_text(take(), tokenizer, "", prompt):
         shown += piece
         decoded = tokenizer.decode(prompt + ids[:n_taken])
         assert "The" + shown == decoded.rstrip("\ufffd")
@@ -192,7 +191,7 @@ def test_text_streams_as_soon_as_its_characters_are_complete(any_path):
 def test_a_character_that_never_ends_is_not_shown(folder):
     tokenizer = load(folder)
     ids = tokenizer.encode("hens 🙂")
-    pieces = list(v9h.stream_text(one_by_one(ids[:-1]), tokenizer, "", []))
+    pieces = list(v11b.stream_text(one_by_one(ids[:-1]), tokenizer, "", []))
     assert "".join(pieces) == "hens "
 
 
@@ -202,7 +201,7 @@ def test_a_stream_ends_before_stop(any_path, stop):
     tokenizer = load(any_path)
     prompt, ids = tokenizer.encode("Zoë"), tokenizer.encode(STORY)
     tokens = one_by_one(ids[len(prompt) :])
-    text = "".join(v9h.stream_text(tokens, tokenizer, stop, prompt))
+    text = "".join(v11b.stream_text(tokens, tokenizer, stop, prompt))
     assert "Zoë" + text == STORY[: STORY.index(stop)]
     n_left = len(list(tokens))
     assert tokenizer.decode(ids[: len(ids) - n_left]).endswith(stop), "and takes no more tokens"
@@ -211,7 +210,7 @@ def test_a_stream_ends_before_stop(any_path, stop):
 def test_stop_in_the_prompt_does_not_count(folder):
     tokenizer = load(folder)
     prompt, ids = tokenizer.encode("the fox"), tokenizer.encode(" jumps over the fox")
-    text = "".join(v9h.stream_text(one_by_one(ids), tokenizer, "fox", prompt))
+    text = "".join(v11b.stream_text(one_by_one(ids), tokenizer, "fox", prompt))
     assert text == " jumps over the "
 
 
@@ -245,7 +244,7 @@ def test_a_stream_ends_at_a_token_that_ends_a_text(folder, tmp_path, config, gen
     tokenizer = load(tmp_path)
     ids = list(range(60, 69))
     tokens = one_by_one(ids)
-    text = "".join(v9h.stream_text(tokens, tokenizer, "", []))
+    text = "".join(v11b.stream_text(tokens, tokenizer, "", []))
     assert text == tokenizer.decode(ids[:n_shown])
     assert len(list(tokens)) == max(0, 9 - n_shown - 1), "it takes no more tokens"
 
@@ -255,7 +254,7 @@ def test_what_waited_for_stop_is_shown_when_a_text_ends(folder, tmp_path):
     (tmp_path / "config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
     tokenizer = load(tmp_path)
     ids = tokenizer.encode("the fox<|end|> jumps")
-    text = "".join(v9h.stream_text(one_by_one(ids), tokenizer, "foxes", []))
+    text = "".join(v11b.stream_text(one_by_one(ids), tokenizer, "foxes", []))
     assert text == "the fox"
 
 
@@ -283,8 +282,8 @@ def test_a_run_trains_on_the_tokens_of_the_file(any_path, corpus, capsys, monkey
         seen.append((model.lm_head.out_features, train_data, val_data))
         raise data.InputError("seen enough")
 
-    monkeypatch.setattr(v9h, "train", train)
-    refused(v9h, capsys, *flags(corpus, tokenizer=any_path))
+    monkeypatch.setattr(v11b, "train", train)
+    refused(v11b, capsys, *flags(corpus, tokenizer=any_path))
     theirs = PreTrainedTokenizerFast(tokenizer_file=str(any_path))
     n_vocab, train_data, val_data = seen[0]
     assert n_vocab == len(theirs)
@@ -295,7 +294,7 @@ def test_a_sample_is_the_prompt_and_the_text_of_the_tokens(
     released, corpus, capsys, monkeypatch
 ):
     ids = load(released).encode(" jumps 🙂<|end|> and sleeps")
-    monkeypatch.setattr(v9h.LanguageModel, "stream", lambda *_: one_by_one(ids))
+    monkeypatch.setattr(v11b.LanguageModel, "stream", lambda *_: one_by_one(ids))
     out = output(capsys, *flags(corpus, tokenizer=released, prompt="The fox", num_samples=2))
     found = re.search(r"^validation loss \S+ nats per token, .*\n", out, flags=re.MULTILINE)
     assert out[found.end() :] == "The fox jumps 🙂\n---\nThe fox jumps 🙂\n"
@@ -312,7 +311,7 @@ def test_a_checkpoint_has_its_tokenizer(released, corpus, tmp_path, capsys, monk
     assert "step 4: " in output(capsys, "--resume", *again, "--max_iters", "4")
     weights = torch.load(run / "latest.pt", weights_only=True)["model"]
     assert len(weights["token_embedding.weight"]) == 320
-    monkeypatch.setattr(v9h.LanguageModel, "stream", lambda *_: one_by_one(ids))
+    monkeypatch.setattr(v11b.LanguageModel, "stream", lambda *_: one_by_one(ids))
     assert output(capsys, "--sample_only", *again) == "The fox\n"
 
 
@@ -326,31 +325,31 @@ def test_token_ids_above_65535_are_not_cut_off(tmp_path, corpus, capsys, monkeyp
 
     def train(model, train_data, val_data, cfg, *_):
         seen.extend([train_data, val_data])
-        x, y = v9h.get_batch(train_data, cfg)
+        x, y = v11b.get_batch(train_data, cfg)
         _, loss = model(x, y)
         assert loss.isfinite()
         seen.extend([x, y])
         raise data.InputError("seen enough")
 
-    monkeypatch.setattr(v9h, "train", train)
-    refused(v9h, capsys, *flags(corpus, tokenizer=tmp_path, n_embd=6, n_head=1, prompt="w3"))
+    monkeypatch.setattr(v11b, "train", train)
+    refused(v11b, capsys, *flags(corpus, tokenizer=tmp_path, n_embd=6, n_head=1, prompt="w3"))
     for tokens in seen:
         assert set(np.unique(tokens)) == {3, 65_536, 70_000}
 
 
 def test_characters_are_tokens_as_before(corpus, tmp_path, capsys):
-    """Without a tokenizer.json, this is v9g_llama.py."""
-    v9g.main([*tiny_flags(v9g, out_dir=tmp_path / "v9g"), "--data", str(corpus)])
+    """Without a tokenizer.json, this is v11a_llama.py."""
+    v11a.main([*tiny_flags(v11a, out_dir=tmp_path / "v11a"), "--data", str(corpus)])
     expected = capsys.readouterr().out
-    out = output(capsys, *flags(corpus, out_dir=tmp_path / "v9h"))
+    out = output(capsys, *flags(corpus, out_dir=tmp_path / "v11b"))
     assert losses_and_sample(out) == losses_and_sample(expected)
     assert len(losses_and_sample(out)) > 50
     weights = {}
-    for name in ("v9g", "v9h"):
+    for name in ("v11a", "v11b"):
         weights[name] = torch.load(tmp_path / name / "best.pt", weights_only=True)["model"]
-    assert list(weights["v9g"]) == list(weights["v9h"])
-    for name, weight in weights["v9g"].items():
-        assert torch.equal(weight, weights["v9h"][name]), name
+    assert list(weights["v11a"]) == list(weights["v11b"])
+    for name, weight in weights["v11a"].items():
+        assert torch.equal(weight, weights["v11b"][name]), name
 
 
 # ---- what a user may get wrong
@@ -368,7 +367,7 @@ def test_a_path_without_a_tokenizer_is_refused(corpus, tmp_path, capsys, name, c
     if content is not None:
         path.write_bytes(content)
     run = tmp_path / "run"
-    line = refused(v9h, capsys, *flags(corpus, tokenizer=path, out_dir=run))
+    line = refused(v11b, capsys, *flags(corpus, tokenizer=path, out_dir=run))
     why = "can't read it" if content is None else "not a tokenizer.json"
     assert line.startswith(f"error: --tokenizer {path}: {why} (")
     assert "()" not in line
@@ -376,7 +375,7 @@ def test_a_path_without_a_tokenizer_is_refused(corpus, tmp_path, capsys, name, c
 
 
 def test_a_folder_without_a_tokenizer_is_refused(corpus, tmp_path, capsys):
-    line = refused(v9h, capsys, *flags(corpus, tokenizer=tmp_path))
+    line = refused(v11b, capsys, *flags(corpus, tokenizer=tmp_path))
     path = tmp_path / "tokenizer.json"
     assert line.startswith(f"error: --tokenizer {path}: can't read it (No such file")
     assert line.endswith("; give the path of a tokenizer.json")
@@ -404,13 +403,13 @@ def test_a_text_that_can_not_be_encoded_is_refused(
         value = tmp_path / "text.txt"
         value.write_text(text, encoding="utf-8")
     typed = {"tokenizer": few_letters, "data": corpus, "prompt": "fox", flag: value}
-    line = refused(v9h, capsys, *tiny_flags(v9h, **typed))
+    line = refused(v11b, capsys, *tiny_flags(v11b, **typed))
     assert line.startswith(f"error: --{flag}: the tokenizer ")
 
 
 def test_half_a_character_in_the_prompt_is_refused(folder, corpus, capsys):
     """A terminal that doesn't send UTF-8 makes such a prompt of an accent."""
-    line = refused(v9h, capsys, *flags(corpus, tokenizer=folder, prompt="Zo\udceb"))
+    line = refused(v11b, capsys, *flags(corpus, tokenizer=folder, prompt="Zo\udceb"))
     assert line.startswith("error: --prompt: the tokenizer can't encode it (")
 
 
@@ -419,7 +418,7 @@ def test_a_run_keeps_its_tokenizer(folder, corpus, tmp_path, capsys):
         run = tmp_path / name
         output(capsys, *flags(corpus, tokenizer=before, out_dir=run, max_iters=0))
         for mode in ("--resume", "--sample_only"):
-            line = refused(v9h, capsys, mode, "--out_dir", run, "--tokenizer", after)
+            line = refused(v11b, capsys, mode, "--out_dir", run, "--tokenizer", after)
             has = f"the checkpoint has {str(before)!r}, which can't be changed"
             assert line.startswith(f"error: --tokenizer {after}: {has}; ")
 
@@ -445,5 +444,5 @@ def test_ids_may_have_gaps(tmp_path, corpus):
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     corpus.write_text("fox hen " * 90, encoding="utf-8")
     assert load(tmp_path).n_vocab == 10
-    flags = tiny_flags(v9h, tokenizer=tmp_path, prompt="hen")
-    v9h.main([*flags, "--data", str(corpus)])
+    flags = tiny_flags(v11b, tokenizer=tmp_path, prompt="hen")
+    v11b.main([*flags, "--data", str(corpus)])

@@ -1,6 +1,7 @@
-"""v9i_pretrained.py: Llama and Qwen3 in and out, compared with transformers, and fine-tuning.
+"""v11c_llama_weights.py: Llama and Qwen3 in and out, compared with transformers, and fine-tuning.
 
-How the files of models are found, read and refused is tested in test_llama.py.
+How the files of models are found, read and refused is tested in test_llama_files.py and
+test_model_files.py.
 """
 
 import json
@@ -11,14 +12,11 @@ import warnings
 from dataclasses import asdict
 from pathlib import Path
 
-import data
-from data import llama
-
 import pytest
 import torch
 from conftest import TEXT, refused, tiny_flags
 from safetensors.torch import load_file
-from test_v9h_tokenizer import byte_level
+from test_v11b_tokenizer import byte_level
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
@@ -31,7 +29,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-import v9i_pretrained as v9i
+import data
+from part7_released import v11c_llama_weights as v11c
+from support import hardware, llama_files
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
@@ -110,14 +110,14 @@ def folder(tmp_path) -> Path:
 
 
 def settings(folder: Path, *typed: str):
-    return v9i.read_settings(llama.read_config(folder), ["--device", "cpu", *typed])
+    return v11c.read_settings(llama_files.read_config(folder), ["--device", "cpu", *typed])
 
 
 def load(folder: Path, *flags: str, dtype: torch.dtype = torch.float32):
     """The model that --init_from makes of a folder."""
     cfg = settings(folder, *flags)
-    n_vocab = llama.read_config(folder)["vocab_size"]
-    return v9i.load_released(folder, cfg, n_vocab, dtype).eval()
+    n_vocab = llama_files.read_config(folder)["vocab_size"]
+    return v11c.load_released(folder, cfg, n_vocab, dtype).eval()
 
 
 def load_in_transformers(folder: Path):
@@ -140,12 +140,12 @@ def load_in_transformers(folder: Path):
 
 
 def flags(corpus, **changes):
-    return [*tiny_flags(v9i, **changes), "--data", str(corpus)]
+    return [*tiny_flags(v11c, **changes), "--data", str(corpus)]
 
 
 def output(capsys, *flags):
     capsys.readouterr()
-    v9i.main([str(flag) for flag in flags])
+    v11c.main([str(flag) for flag in flags])
     return capsys.readouterr().out
 
 
@@ -301,9 +301,9 @@ def test_released_models_have_as_many_parameters(tmp_path, config, n_parameters)
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     cfg = settings(tmp_path)
     with torch.device("meta"):
-        model = v9i.LanguageModel(cfg, config["vocab_size"])
+        model = v11c.LanguageModel(cfg, config["vocab_size"])
     assert sum(p.numel() for p in model.parameters()) == n_parameters
-    weights = v9i.released_weights(model)
+    weights = v11c.released_weights(model)
     assert sum(weight.numel() for weight in weights.values()) == n_parameters
 
 
@@ -316,7 +316,7 @@ def test_released_weights_are_the_parameters_themselves(kind, tied, tmp_path):
     theirs = make_reference(kind, tie_word_embeddings=tied)
     save(theirs, tmp_path)
     model = load(tmp_path)
-    weights = v9i.released_weights(model)
+    weights = v11c.released_weights(model)
     shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     assert {name: weight.shape for name, weight in weights.items()} == shapes
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -331,14 +331,14 @@ def test_a_model_has_its_dtype_from_the_start(folder, monkeypatch, dtype):
     """Not only after it was in memory with a larger one."""
     seen = set()
 
-    class LanguageModel(v9i.LanguageModel):
-        def __init__(self, *sizes):
-            super().__init__(*sizes)
-            seen.update(parameter.dtype for parameter in self.parameters())
+    class LanguageModel(v11c.LanguageModel):
+        def to_empty(self, device):
+            seen.update((p.device.type, p.dtype) for p in self.parameters())
+            return super().to_empty(device=device)
 
-    monkeypatch.setattr(v9i, "LanguageModel", LanguageModel)
+    monkeypatch.setattr(v11c, "LanguageModel", LanguageModel)
     model = load(folder, dtype=dtype)
-    assert seen == {dtype}
+    assert seen == {("meta", dtype)}
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
     assert torch.ones(1).dtype == torch.float32
 
@@ -355,13 +355,13 @@ def dtypes_used(monkeypatch, capsys, *typed) -> set:
         seen.update(parameter.dtype for parameter in model.parameters())
         raise data.InputError("seen enough")
 
-    monkeypatch.setattr(v9i.LanguageModel, "stream", stream)
-    monkeypatch.setattr(v9i, "train", train)
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    monkeypatch.setattr(v11c.LanguageModel, "stream", stream)
+    monkeypatch.setattr(v11c, "train", train)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
     if "--sample_only" in typed:
-        v9i.main([str(word) for word in typed])
+        v11c.main([str(word) for word in typed])
     else:
-        refused(v9i, capsys, *typed)
+        refused(v11c, capsys, *typed)
     return seen
 
 
@@ -419,8 +419,8 @@ def test_an_exported_model_is_the_same_in_transformers_and_here(released, tmp_pa
     assert set(stored) == set(weights)
     for name, weight in weights.items():
         assert torch.equal(stored[name], weight), name
-    assert llama.read_config(export) == {
-        **llama.read_config(folder), "tokenizer": str(export)
+    assert llama_files.read_config(export) == {
+        **llama_files.read_config(folder), "tokenizer": str(export)
     }  # fmt: skip
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(export / "tokenizer.json"))
     assert tokenizer.encode(TEXT) == byte_level().encode(TEXT).ids
@@ -445,8 +445,8 @@ def test_an_export_ends_its_texts_like_the_model(folder, tmp_path, capsys, eos_t
     export = tmp_path / "export"
     output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
     assert load_in_transformers(export).config.eos_token_id == eos_token_id
-    expected = llama.read_tokenizer(folder, "--tokenizer")["end_of_text"]
-    assert llama.read_tokenizer(export, "--tokenizer")["end_of_text"] == expected
+    expected = llama_files.read_tokenizer(folder, "--tokenizer")["end_of_text"]
+    assert llama_files.read_tokenizer(export, "--tokenizer")["end_of_text"] == expected
 
 
 @pytest.mark.parametrize("sizes", [
@@ -456,15 +456,15 @@ def test_an_export_ends_its_texts_like_the_model(folder, tmp_path, capsys, eos_t
 ], ids=["default", "qwen3", "llama3"])  # fmt: skip
 def test_the_best_weights_of_a_run_are_exported(corpus, tmp_path, capsys, monkeypatch, sizes):
     losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
-    monkeypatch.setattr(v9i, "estimate_loss", lambda *_: next(losses))
+    monkeypatch.setattr(v11c, "estimate_loss", lambda *_: next(losses))
     (tmp_path / "tokens").mkdir()
     byte_level().save(str(tmp_path / "tokens" / "tokenizer.json"))
     run, export = tmp_path / "run", tmp_path / "export"
     typed = {"tokenizer": tmp_path / "tokens", "warmup_iters": 0, "out_dir": run, "export": export}
-    v9i.main([*flags(corpus, **typed), *sizes])
+    v11c.main([*flags(corpus, **typed), *sizes])
     assert capsys.readouterr().err.count(f"exported to {export}\n") == 1
     state = torch.load(run / "best.pt", weights_only=True)
-    ours = v9i.LanguageModel(v9i.Config(**state["config"]), N_VOCAB).eval()
+    ours = v11c.LanguageModel(v11c.Config(**state["config"]), N_VOCAB).eval()
     ours.load_state_dict(state["model"])
     theirs = load_in_transformers(export)
     assert type(theirs) is (Qwen3ForCausalLM if "--qk_norm" in sizes else LlamaForCausalLM)
@@ -492,19 +492,19 @@ def test_the_characters_of_a_model_come_with_its_export(corpus, tmp_path, capsys
     sample = output(capsys, "--init_from", export, *sampling)
     assert len(sample) == len("The \n") + 60
     assert text.endswith("\n" + sample)
-    line = refused(v9i, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
+    line = refused(v11c, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
     assert line.startswith("error: --prompt: ")
     assert "'Z', 'ë'" in line
 
 
 def test_a_text_with_unknown_characters_can_not_go_on_training_a_model(corpus, tmp_path, capsys):
     export = tmp_path / "export"
-    v9i.main(flags(corpus, export=export, max_iters=0))
+    v11c.main(flags(corpus, export=export, max_iters=0))
     tuning = ["--init_from", export, "--data", corpus, "--max_iters", "1", "--device", "cpu"]
     tuning += ["--block_size", "20", "--max_new_tokens", "5"]
     assert "step 1: " in output(capsys, *tuning, "--out_dir", tmp_path / "known")
     corpus.write_text(TEXT.replace("q", "Q"), encoding="utf-8")  # just as many characters
-    line = refused(v9i, capsys, *tuning, "--out_dir", tmp_path / "unknown")
+    line = refused(v11c, capsys, *tuning, "--out_dir", tmp_path / "unknown")
     assert line.startswith("error: --data: ")
     assert "'Q'" in line
     assert not (tmp_path / "unknown" / "latest.pt").exists()
@@ -516,22 +516,22 @@ def test_an_unusable_export_is_refused_before_any_work(
 ):
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(data, "load_text", lambda *_: pytest.fail("too late"))
-    monkeypatch.setattr(llama, "copy_weights", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(llama_files, "read_weights", lambda *_: pytest.fail("too late"))
     for typed in (["--init_from", folder, "--sample_only"], ["--data", corpus]):
-        line = refused(v9i, capsys, *typed, "--export", tmp_path / place)
+        line = refused(v11c, capsys, *typed, "--export", tmp_path / place)
         assert line.startswith(f"error: --export {tmp_path / place}: ")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
 
 def test_sampling_does_not_export_again(corpus, tmp_path, capsys):
     run, export = tmp_path / "run", tmp_path / "export"
-    v9i.main(flags(corpus, out_dir=run, export=export, max_iters=0))
+    v11c.main(flags(corpus, out_dir=run, export=export, max_iters=0))
     shutil.rmtree(export)
     capsys.readouterr()
-    v9i.main(["--sample_only", "--out_dir", str(run)])
+    v11c.main(["--sample_only", "--out_dir", str(run)])
     assert "export" not in capsys.readouterr().err
     assert not export.exists()
-    v9i.main(["--resume", "--out_dir", str(run), "--max_iters", "1"])
+    v11c.main(["--resume", "--out_dir", str(run), "--max_iters", "1"])
     assert (export / "model.safetensors").exists(), "but a run that goes on exports at its end"
 
 
@@ -548,14 +548,14 @@ def test_a_released_model_brings_its_sizes(tmp_path):
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "tokenizer": str(tmp_path),
     }  # fmt: skip
-    assert set(expected) == set(v9i.SIZES)
+    assert set(expected) == set(v11c.SIZES)
     assert vars(cfg).items() >= expected.items()
 
 
 def test_fine_tuning_has_defaults_of_its_own(folder):
     cfg = settings(folder)
-    assert vars(cfg).items() >= v9i.FINE_TUNING.items()
-    assert cfg.learning_rate < v9i.Config.learning_rate / 10
+    assert vars(cfg).items() >= v11c.FINE_TUNING.items()
+    assert cfg.learning_rate < v11c.Config.learning_rate / 10
     cfg = settings(folder, "--learning_rate", "0.5", "--dropout", "0.1", "--batch_size", "9")
     assert (cfg.learning_rate, cfg.dropout, cfg.batch_size) == (0.5, 0.1, 9)
 
@@ -570,37 +570,37 @@ def test_fine_tuning_is_the_same_on_a_gpu(folder, monkeypatch):
 
 
 def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(folder):
-    assert settings(folder).warmup_iters == v9i.FINE_TUNING["max_iters"] // 10 > 0
+    assert settings(folder).warmup_iters == v11c.FINE_TUNING["max_iters"] // 10 > 0
     assert settings(folder, "--max_iters", "50").warmup_iters == 5
     assert settings(folder, "--max_iters", "50", "--warmup_iters", "7").warmup_iters == 7
 
 
-@pytest.mark.parametrize("name", v9i.SIZES)
+@pytest.mark.parametrize("name", v11c.SIZES)
 def test_other_sizes_are_refused_by_name(folder, capsys, name):
     others = {
         "qk_norm": ["--qk_norm"], "tie_word_embeddings": ["--no-tie_word_embeddings"],
         "tokenizer": ["--tokenizer", "char"], "rms_norm_eps": ["--rms_norm_eps", "0.5"],
     }  # fmt: skip
     typed = others.get(name, [f"--{name}", "5"])
-    line = refused(v9i, capsys, "--init_from", folder, *typed)
+    line = refused(v11c, capsys, "--init_from", folder, *typed)
     assert line.startswith(f"error: --{name} ")
     assert "can't be changed" in line
 
 
 def test_a_run_can_not_both_start_and_go_on(folder, tmp_path, capsys):
-    line = refused(v9i, capsys, "--init_from", folder, "--resume", "--out_dir", tmp_path)
+    line = refused(v11c, capsys, "--init_from", folder, "--resume", "--out_dir", tmp_path)
     assert line == "error: --init_from, --resume: leave out one or the other"
 
 
 def test_a_model_without_its_tokenizer_is_refused(folder, capsys):
     (folder / "tokenizer.json").unlink()
-    line = refused(v9i, capsys, "--init_from", folder, "--sample_only")
+    line = refused(v11c, capsys, "--init_from", folder, "--sample_only")
     assert f"{folder / 'tokenizer.json'}: can't read it (" in line
 
 
 def test_a_model_with_fewer_tokens_than_its_tokenizer_is_refused(tmp_path, capsys):
     save(make_reference("llama", vocab_size=299), tmp_path)
-    line = refused(v9i, capsys, "--init_from", tmp_path, "--sample_only")
+    line = refused(v11c, capsys, "--init_from", tmp_path, "--sample_only")
     assert "its vocab_size is 299, but tokenizer.json has 300 tokens" in line
 
 
@@ -644,7 +644,7 @@ def test_a_fine_tuned_run_goes_on_without_the_released_model(folder, corpus, tmp
     state = torch.load(run / "latest.pt", weights_only=True)
     assert state["step"] == 3
     assert state["config"]["init_from"] == str(folder)
-    assert state["config"]["learning_rate"] == v9i.FINE_TUNING["learning_rate"]
+    assert state["config"]["learning_rate"] == v11c.FINE_TUNING["learning_rate"]
 
 
 # ---- contexts and dtypes that must last
@@ -671,7 +671,7 @@ def test_an_export_keeps_the_context_of_a_released_model(tmp_path, capsys, conte
 def test_the_sample_of_a_fine_tuned_run_can_be_repeated(
     tmp_path, corpus, capsys, monkeypatch, dtype, n_embd
 ):
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
     sizes = {"hidden_size": n_embd, "num_attention_heads": 4, "num_key_value_heads": 2}
     save(make_reference("llama", **sizes).to(dtype), tmp_path / "model")
     dtypes = []
@@ -680,7 +680,7 @@ def test_the_sample_of_a_fine_tuned_run_can_be_repeated(
         dtypes.append(model.lm_head.weight.dtype)
         return iter([])
 
-    monkeypatch.setattr(v9i.LanguageModel, "stream", stream)
+    monkeypatch.setattr(v11c.LanguageModel, "stream", stream)
     run = ["--out_dir", tmp_path / "run"]
     tuning = ["--init_from", tmp_path / "model", "--data", corpus, "--max_iters", "0"]
     output(capsys, *tuning, *run, "--block_size", "9", "--device", "cpu")
@@ -691,9 +691,8 @@ def test_the_sample_of_a_fine_tuned_run_can_be_repeated(
 def test_a_tokenizer_in_the_way_of_an_export_is_not_replaced(folder, tmp_path, capsys):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "tokenizer.json").write_text("mine", encoding="utf-8")
-    line = refused(
-        v9i, capsys, "--init_from", folder, "--sample_only", "--export", tmp_path / "mine", *BRIEFLY
-    )
+    typed = ["--sample_only", "--export", tmp_path / "mine", *BRIEFLY]
+    line = refused(v11c, capsys, "--init_from", folder, *typed)
     assert "already holds a model" in line
 
 

@@ -2,13 +2,12 @@
 
 import math
 
-import data
-
 import numpy as np
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
 
+import data
 import v5_gpt as v5
 
 

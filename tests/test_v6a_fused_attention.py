@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import v5_gpt as v5
-import v6a_fused_attention as v6a
+from part2_training import v6a_fused_attention as v6a
 
 SIZES = {
     "tiny": {},

@@ -3,8 +3,6 @@
 import copy
 import re
 
-import data
-
 import numpy as np
 import pytest
 import torch
@@ -12,20 +10,22 @@ from conftest import build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import v6a_fused_attention as v6a
-import v6b_fast as v6b
+import data
+from part2_training import v6a_fused_attention as v6a
+from part2_training import v6b_fast as v6b
+from support import hardware
 
 
 @pytest.fixture
 def bfloat16_hardware(monkeypatch):
     """A machine whose devices all support bfloat16; every CPU can emulate it."""
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
 
 
 @pytest.fixture
 def float32_hardware(monkeypatch):
     """A machine whose devices don't support bfloat16."""
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: False)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: False)
 
 
 def relative_error(actual, expected):
@@ -60,7 +60,7 @@ def test_auto_means_float32_without_support_for_bfloat16(float32_hardware, devic
 
 
 def test_the_dtype_depends_on_the_device_of_the_settings(monkeypatch):
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: device == "cuda:1")
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: device == "cuda:1")
     assert v6b.choose_dtype(tiny(v6b, device="cuda:1")) == torch.bfloat16
     assert v6b.choose_dtype(tiny(v6b, device="cuda:0")) == torch.float32
 

@@ -4,15 +4,15 @@ import copy
 import math
 import re
 
-import data
-
 import numpy as np
 import pytest
 import torch
 from conftest import TEXT, build, refused, shaken, tiny, tiny_flags
 from torch.optim import optimizer as hooks
 
-import v6c_recipe as v6c
+import data
+from part2_training import v6c_recipe as v6c
+from support import hardware
 
 TOKENS = np.array(data.CharTokenizer(TEXT).encode(TEXT), dtype=np.uint16)
 
@@ -236,7 +236,7 @@ def test_a_loss_estimate_leaves_the_random_numbers_alone():
 
 
 def test_loss_estimates_run_in_the_chosen_dtype(monkeypatch):
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: True)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
     model = build(v6c)
     used = set()
     model.lm_head.register_forward_hook(lambda *args: used.add(args[-1].dtype))

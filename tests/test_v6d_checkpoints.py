@@ -13,15 +13,14 @@ import sys
 import time
 from pathlib import Path
 
-import data
-
 import pytest
 import torch
 from conftest import TEXT, TINY, VOCAB_SIZE, refused, tiny, tiny_flags
 from filelock import FileLock
 
-import v6d_checkpoints as v6d
+import data
 from lab.ladder import ROOT
+from part2_training import v6d_checkpoints as v6d
 
 # Dropout draws random numbers too, so a resumed run must have the same generator.
 LONG = {"max_iters": 6, "dropout": 0.3, "warmup_iters": 2}
@@ -107,7 +106,8 @@ def trained(finished_run, tmp_path):
 
 
 KILLED_HALFWAY_THROUGH_A_SAVE = """
-import os, signal, sys, torch, v6d_checkpoints as v6d
+import os, signal, sys, torch
+from part2_training import v6d_checkpoints as v6d
 real = torch.save
 
 def save(state, file):
@@ -168,7 +168,7 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(
         with pytest.raises(SystemExit) as stop:
             v6d.main(flags(corpus, out_dir=folder, **LONG))
     assert stop.value.code == (130 if number == signal.SIGINT else 143)
-    command = f'python v6d_checkpoints.py --resume --out_dir "{folder}"'
+    command = f'python "part2_training/v6d_checkpoints.py" --resume --out_dir "{folder}"'
     assert capsys.readouterr().err.endswith(f"\nstopped and saved; to continue: {command}\n")
     assert saved(folder)["step"] == last_step
     v6d.main(["--resume", "--out_dir", str(folder)])
@@ -453,8 +453,13 @@ def damage(folder, what):
         return "damaged: its weights don't fit its settings"
     if what == "weights of another script":
         weights = {f"x.{name}": tensor for name, tensor in state["model"].items()}
-        edit(path, model=weights, script="v8b_gpt2")
-        return "written by v8b_gpt2.py, whose model has other weights; use that script"
+        edit(path, model=weights, script="v8c_gpt2")
+        name = Path("part4_gpt2", "v8c_gpt2.py")
+        return f"written by {name}, whose model has other weights; use that script"
+    if what == "weights of a script that was renamed":
+        weights = {f"x.{name}": tensor for name, tensor in state["model"].items()}
+        edit(path, model=weights, script="v8a_bpe")
+        return "written by v8a_bpe.py (docs/names.md has the new name), whose model has other "
     if what == "other sizes":
         edit(path, config=state["config"] | {"n_layer": 1})
         return "damaged: its weights don't fit its settings"
@@ -481,7 +486,8 @@ def damage(folder, what):
 @pytest.mark.parametrize(
     "what",
     [
-        "half a file", "renamed weights", "weights of another script", "other sizes",
+        "half a file", "renamed weights", "weights of another script",
+        "weights of a script that was renamed", "other sizes",
         "indivisible sizes", "setting out of range", "setting of another type",
         "other characters", "averages of other shapes", "averages without numbers",
     ],

@@ -5,8 +5,6 @@ import itertools
 import math
 import sys
 
-import data
-
 import pytest
 import torch
 from conftest import TEXT, build, random_tokens, refused, tiny, tiny_flags
@@ -18,8 +16,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-import v6d_checkpoints as v6d
-import v7a_sampling as v7a
+import data
+from part2_training import v6d_checkpoints as v6d
+from part3_generation import v7a_sampling as v7a
 
 # ---- the choice of a token
 

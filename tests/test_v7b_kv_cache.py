@@ -1,13 +1,13 @@
 """v7b_kv_cache.py: the cache, which must not change the text, and the dtype of the weights."""
 
-import data
-
 import pytest
 import torch
 from conftest import TEXT, build, random_tokens, tiny, tiny_flags
 
-import v7a_sampling as v7a
-import v7b_kv_cache as v7b
+import data
+from part3_generation import v7a_sampling as v7a
+from part3_generation import v7b_kv_cache as v7b
+from support import hardware
 
 CHARACTERS = data.CharTokenizer(TEXT).characters
 
@@ -193,7 +193,7 @@ def test_weights_have_the_dtype_of_the_matmuls_while_sampling(
     corpus, capsys, monkeypatch, n_embd, dtype, supported, expected
 ):
     """But a token is chosen in float32, and what is trained and saved is float32, too."""
-    monkeypatch.setattr(data, "supports_bfloat16", lambda device: supported)
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: supported)
     weights, logits, trained = set(), set(), set()
     real_stream, real_choose, real_train = v7b.LanguageModel.stream, v7b.choose_token, v7b.train
 

@@ -1,4 +1,4 @@
-"""v8a_bpe.py: byte pairs, characters of several tokens, losses per character, runs in byte pairs.
+"""v8b_gpt2_tokens.py: byte pairs, characters of several tokens, losses per character, runs.
 
 How texts become files of token ids is tested in test_token_files.py.
 """
@@ -11,9 +11,6 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import data
-from data import token_files
-
 import numpy as np
 import pytest
 import tiktoken
@@ -21,7 +18,10 @@ import torch
 from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
-import v8a_bpe as v8a
+import data
+from data import token_files
+from part4_gpt2 import v8b_gpt2_tokens as v8b
+from support import runs
 
 
 def small_encoding() -> tiktoken.Encoding:
@@ -52,7 +52,7 @@ def no_encoding(monkeypatch):
 
 
 def flags(corpus, tokenizer="gpt2", **changes):
-    return [*tiny_flags(v8a, tokenizer=tokenizer, **changes), "--data", str(corpus)]
+    return [*tiny_flags(v8b, tokenizer=tokenizer, **changes), "--data", str(corpus)]
 
 
 def output(capsys, *words) -> tuple[str, str]:
@@ -61,7 +61,7 @@ def output(capsys, *words) -> tuple[str, str]:
     Without the speed, which is never the same.
     """
     capsys.readouterr()
-    v8a.main([str(word) for word in words])
+    v8b.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return re.sub(r", [\d,]+ tokens/s", "", out), err
 
@@ -75,7 +75,7 @@ def saved(folder, name="latest.pt"):
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
 def test_token_ids_are_those_of_gpt2():
-    tokenizer = v8a.BPETokenizer()
+    tokenizer = v8b.BPETokenizer()
     assert tokenizer.n_vocab == token_files.N_VOCAB == 50_257
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.decode([15496, 995]) == "Hello world"
@@ -83,7 +83,7 @@ def test_token_ids_are_those_of_gpt2():
 
 
 def test_any_text_can_be_encoded_and_comes_back(bpe):
-    tokenizer = v8a.BPETokenizer()
+    tokenizer = v8b.BPETokenizer()
     text = "Zoë dreams\r\n\tof 世界 🙂 \0"
     tokens = tokenizer.encode(text, "--prompt")
     assert len(tokens) > len(text)
@@ -93,14 +93,14 @@ def test_any_text_can_be_encoded_and_comes_back(bpe):
 
 
 def test_a_special_token_in_a_text_is_plain_text(bpe):
-    tokenizer = v8a.BPETokenizer()
+    tokenizer = v8b.BPETokenizer()
     tokens = tokenizer.encode("<|endoftext|>")
     assert 296 not in tokens
     assert tokenizer.decode(tokens) == "<|endoftext|>"
 
 
 def test_bytes_that_are_not_a_character_are_decoded_as_a_question_mark(bpe):
-    assert v8a.BPETokenizer().decode([*b"fox", 0xE4, *b"hen"]) == "fox\ufffdhen"
+    assert v8b.BPETokenizer().decode([*b"fox", 0xE4, *b"hen"]) == "fox\ufffdhen"
 
 
 def test_without_gpt2s_files_a_run_is_the_one_with_characters(no_encoding, corpus, capsys):
@@ -120,12 +120,12 @@ def test_one_notice_is_enough_without_shakespeare(bpe, capsys, monkeypatch, tmp_
     monkeypatch.setattr(data.corpora, "python_library", lambda: TEXT)
     monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
     for tokenizer in ("char", "gpt2"):
-        _, err = output(capsys, *tiny_flags(v8a, tokenizer=tokenizer, warmup_iters=0))
+        _, err = output(capsys, *tiny_flags(v8b, tokenizer=tokenizer, warmup_iters=0))
         assert err.count("notice: ") == 1
 
 
 def test_gpt2s_tokenizer_without_its_files_is_refused(no_encoding, corpus, capsys):
-    line = refused(v8a, capsys, *flags(corpus, "gpt2"))
+    line = refused(v8b, capsys, *flags(corpus, "gpt2"))
     assert line.startswith("error: --tokenizer gpt2: can't load GPT-2's tokenizer (no network)")
     assert "TIKTOKEN_CACHE_DIR" in line
 
@@ -142,14 +142,14 @@ class Bytes:
 
 def pieces(tokens, stop=""):
     """What stream_text shows for these bytes."""
-    return list(v8a.stream_text((torch.tensor([[token]]) for token in tokens), Bytes(), stop))
+    return list(v8b.stream_text((torch.tensor([[token]]) for token in tokens), Bytes(), stop))
 
 
 def test_a_character_is_shown_once_its_last_token_is_there():
     text = "naïve 世界 🙂 end"
     assert [piece for piece in pieces(text.encode()) if piece] == list(text)
     tokens = iter([torch.tensor([[byte]]) for byte in "世界".encode()])
-    assert next(v8a.stream_text(tokens, Bytes(), "")) == "世"
+    assert next(v8b.stream_text(tokens, Bytes(), "")) == "世"
     assert len(list(tokens)) == 3, "those of the next character are not asked for"
 
 
@@ -195,11 +195,11 @@ def test_a_stop_in_bytes_that_never_became_a_character_ends_the_text():
     ],
 )
 def test_a_loss_in_other_units(loss, token_length, said):
-    assert v8a.in_units(loss, token_length) == said
+    assert v8b.in_units(loss, token_length) == said
 
 
 def test_a_huge_loss_still_has_a_perplexity():
-    assert "perplexity 1.014e+304" in v8a.in_units(9999.0, 1.0)
+    assert "perplexity 1.014e+304" in v8b.in_units(9999.0, 1.0)
 
 
 class Repeat:
@@ -210,16 +210,16 @@ class Repeat:
 
 
 def test_the_length_of_a_token_is_the_mean_over_the_first_million(tmp_path):
-    assert v8a.characters_per_token(np.array([1, 2, 6], dtype=np.uint16), Repeat()) == 3
+    assert v8b.characters_per_token(np.array([1, 2, 6], dtype=np.uint16), Repeat()) == 3
     tokens = np.ones(1_000_010, dtype="<u2")
     tokens[-10:] = 9
     tokens[:9] = 1001
     tokens.tofile(tmp_path / "long.bin")
     file = token_files.TokenFile(tmp_path / "long.bin", 0, len(tokens), "")
     expected = (9 * 1001 + 999_991) / 1_000_000
-    assert v8a.characters_per_token(tokens, Repeat()) == expected
-    assert v8a.characters_per_token(file, Repeat()) == expected
-    assert v8a.characters_per_token(file[5:15], Repeat()) == (4 * 1001 + 6) / 10
+    assert v8b.characters_per_token(tokens, Repeat()) == expected
+    assert v8b.characters_per_token(file, Repeat()) == expected
+    assert v8b.characters_per_token(file[5:15], Repeat()) == (4 * 1001 + 6) / 10
 
 
 # ---- runs in byte pairs
@@ -250,9 +250,9 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(corpus, bpe, capsys, t
     out, _ = output(capsys, *flags(corpus, "auto", out_dir=straight, max_iters=3, **settings))
     with pytest.MonkeyPatch.context() as patch:
         stops = iter([False] * 9 + [True] * 9)
-        patch.setattr(data, "stop_requested", lambda: next(stops))
+        patch.setattr(runs, "stop_requested", lambda: next(stops))
         with pytest.raises(SystemExit):
-            v8a.main(flags(corpus, "auto", out_dir=resumed, max_iters=3, **settings))
+            v8b.main(flags(corpus, "auto", out_dir=resumed, max_iters=3, **settings))
     stopped = saved(resumed)
     assert 0 < stopped["step"] < 3
     assert (stopped["tokenizer"], stopped["config"]["tokenizer"]) == ("gpt2", "gpt2")
@@ -269,13 +269,13 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(corpus, bpe, capsys, t
 @pytest.fixture
 def trained(corpus, bpe, tmp_path) -> Path:
     """The folder of a run in byte pairs on the small text."""
-    v8a.main(flags(corpus, out_dir=tmp_path / "run"))
+    v8b.main(flags(corpus, out_dir=tmp_path / "run"))
     return tmp_path / "run"
 
 
 def test_a_checkpoint_keeps_its_tokenizer(trained, capsys):
     for mode in ("--resume", "--sample_only"):
-        line = refused(v8a, capsys, mode, "--out_dir", trained, "--tokenizer", "char")
+        line = refused(v8b, capsys, mode, "--out_dir", trained, "--tokenizer", "char")
         assert line.startswith("error: --tokenizer char: the checkpoint has 'gpt2', which can't be")
 
 
@@ -284,22 +284,22 @@ def test_a_run_goes_on_with_its_own_corpus_only(tokenizer, corpus, bpe, capsys, 
     """Even another text in the same file, with the same characters and the same length."""
     other = tmp_path / "other.txt"
     other.write_text(TEXT[::-1], encoding="utf-8")
-    v8a.main(flags(corpus, tokenizer, out_dir=tmp_path / "run"))
+    v8b.main(flags(corpus, tokenizer, out_dir=tmp_path / "run"))
     resume = ["--resume", "--out_dir", tmp_path / "run", "--max_iters", 4]
     said = "not the text that this run was trained on; give that one"
-    assert refused(v8a, capsys, *resume, "--data", other) == f"error: --data {other}: {said}"
-    assert said in refused(v8a, capsys, *resume, "--val_data", other)
+    assert refused(v8b, capsys, *resume, "--data", other) == f"error: --data {other}: {said}"
+    assert said in refused(v8b, capsys, *resume, "--val_data", other)
     shutil.copy(other, corpus)
-    assert refused(v8a, capsys, *resume) == f"error: --data {corpus}: {said}"
+    assert refused(v8b, capsys, *resume) == f"error: --data {corpus}: {said}"
     corpus.write_text(TEXT, encoding="utf-8")
-    v8a.main([str(word) for word in resume])
+    v8b.main([str(word) for word in resume])
     assert saved(tmp_path / "run")["step"] == 4
 
 
 def test_a_run_goes_on_with_the_file_of_token_ids_of_its_text(trained, corpus, tmp_path):
     path = tmp_path / "prepared.bin"
     token_files.write_token_file(path, [corpus], "--out", "TEXT")
-    v8a.main(["--resume", "--out_dir", str(trained), "--max_iters", "4", "--data", str(path)])
+    v8b.main(["--resume", "--out_dir", str(trained), "--max_iters", "4", "--data", str(path)])
     assert saved(trained)["step"] == 4
 
 
@@ -339,10 +339,10 @@ def test_training_reads_only_its_own_windows_of_a_file(tmp_path, monkeypatch):
     np.arange(1000, dtype="<u2").tofile(path)
     monkeypatch.setattr(np, "memmap", Recorder)
     monkeypatch.setattr(Recorder, "read", [])
-    cfg = tiny(v8a, max_iters=3, eval_interval=100)
+    cfg = tiny(v8b, max_iters=3, eval_interval=100)
     splits = data.split(token_files.TokenFile(path, 0, 1000, ""), cfg.block_size)
     assert Recorder.read == []
-    v8a.train(v8a.LanguageModel(cfg, 1000), *splits, cfg)
+    v8b.train(v8b.LanguageModel(cfg, 1000), *splits, cfg)
     assert len(Recorder.read) == 3 + 2 * 2 * cfg.eval_iters, "batches, and two estimates"
     assert all(windows.shape == (4, 6) for windows in Recorder.read)
     of_validation = [windows for windows in Recorder.read if windows.max() >= 900]

@@ -1,18 +1,17 @@
-"""v8b_gpt2.py: the architecture of GPT-2 and GPT-1, and the presets.
+"""v8c_gpt2.py: the architecture of GPT-2 and GPT-1, and the presets.
 
-That it computes what they compute is tested in test_v8c_pretrained.py, with transformers.
+That it computes what they compute is tested in test_v8d_gpt2_weights.py, with transformers.
 """
 
 import math
-
-import data
 
 import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 
-import v8b_gpt2 as v8b
+import data
+from part4_gpt2 import v8c_gpt2 as v8c
 
 # ---- sizes
 
@@ -29,7 +28,7 @@ import v8b_gpt2 as v8b
 )
 def test_presets_have_the_parameters_of_the_released_models(preset, vocab_size, n_parameters):
     with torch.device("meta"):
-        model = v8b.LanguageModel(tiny(v8b, **v8b.PRESETS[preset]), vocab_size)
+        model = v8c.LanguageModel(tiny(v8c, **v8c.PRESETS[preset]), vocab_size)
     assert sum(p.numel() for p in model.parameters()) == n_parameters
 
 
@@ -42,16 +41,16 @@ def settings_of(capsys, monkeypatch, *flags):
         raise data.InputError("seen enough")
 
     with monkeypatch.context() as patch:
-        patch.setattr(v8b, "LanguageModel", build)
-        refused(v8b, capsys, *flags, "--tokenizer", "char", "--device", "cpu")
+        patch.setattr(v8c, "LanguageModel", build)
+        refused(v8c, capsys, *flags, "--tokenizer", "char", "--device", "cpu")
     return seen[0]
 
 
-@pytest.mark.parametrize("preset", v8b.PRESETS)
+@pytest.mark.parametrize("preset", v8c.PRESETS)
 def test_a_preset_sets_its_sizes_and_nothing_else(corpus, capsys, monkeypatch, preset):
     plain = settings_of(capsys, monkeypatch, "--data", corpus)
     cfg = settings_of(capsys, monkeypatch, "--data", corpus, "--preset", preset)
-    assert vars(cfg) == vars(plain) | v8b.PRESETS[preset] | {"preset": preset}
+    assert vars(cfg) == vars(plain) | v8c.PRESETS[preset] | {"preset": preset}
 
 
 def test_a_flag_overrides_any_size_of_a_preset(corpus, capsys, monkeypatch):
@@ -59,7 +58,7 @@ def test_a_flag_overrides_any_size_of_a_preset(corpus, capsys, monkeypatch):
     for name, value in typed.items():
         flags = ["--data", corpus, "--preset", "gpt1", f"--{name}", value]
         cfg = settings_of(capsys, monkeypatch, *flags)
-        assert vars(cfg).items() >= (v8b.PRESETS["gpt1"] | {name: value}).items()
+        assert vars(cfg).items() >= (v8c.PRESETS["gpt1"] | {name: value}).items()
 
 
 def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
@@ -67,11 +66,11 @@ def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
     for preset in ("gpt1", ""):
         folder = tmp_path / f"run {preset}"
         chosen = ["--preset", preset] if preset else []
-        v8b.main([*tiny_flags(v8b, out_dir=folder), "--data", str(corpus), *chosen])
+        v8c.main([*tiny_flags(v8c, out_dir=folder), "--data", str(corpus), *chosen])
         for mode in ("--resume", "--sample_only"):
-            line = refused(v8b, capsys, mode, "--out_dir", folder, "--preset", "gpt2")
+            line = refused(v8c, capsys, mode, "--out_dir", folder, "--preset", "gpt2")
             assert line.startswith(f"error: --preset gpt2: the checkpoint has {preset!r}, ")
-        v8b.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
+        v8c.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
         config = torch.load(folder / "latest.pt", weights_only=True)["config"]
         assert config["norm"] == ("post" if preset == "gpt1" else "pre")
         assert (config["max_iters"], config["n_embd"]) == (4, 18)
@@ -81,7 +80,7 @@ def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
 
 
 def test_the_output_layer_is_the_token_embedding():
-    model = build(v8b)
+    model = build(v8c)
     assert model.lm_head.weight is model.token_embedding.weight
     model(random_tokens(2, 5), random_tokens(2, 5))[1].backward()
     gradient = model.token_embedding.weight.grad
@@ -89,7 +88,7 @@ def test_the_output_layer_is_the_token_embedding():
 
 
 def test_linear_layers_have_biases_but_for_the_output_layer():
-    for name, module in build(v8b).named_modules():
+    for name, module in build(v8c).named_modules():
         if isinstance(module, torch.nn.Linear):
             assert (module.bias is None) == (name == "lm_head"), name
 
@@ -98,7 +97,7 @@ def test_linear_layers_have_biases_but_for_the_output_layer():
 def test_weights_start_small_and_projections_smaller_in_gpt2(norm, std_of_projections):
     sizes = {"n_embd": 192, "n_layer": 8, "block_size": 99, "norm": norm}
     torch.manual_seed(1)
-    for name, parameter in v8b.LanguageModel(tiny(v8b, **sizes), 200).named_parameters():
+    for name, parameter in v8c.LanguageModel(tiny(v8c, **sizes), 200).named_parameters():
         if parameter.ndim == 2:
             is_projection = name.endswith("projection.weight")
             std = std_of_projections if is_projection else 0.02
@@ -109,7 +108,7 @@ def test_weights_start_small_and_projections_smaller_in_gpt2(norm, std_of_projec
 
 def test_gelu_is_the_approximation_with_tanh():
     x = torch.linspace(-6, 6, 999).view(37, 27)
-    layer = v8b.FeedForward(tiny(v8b, n_embd=27))
+    layer = v8c.FeedForward(tiny(v8c, n_embd=27))
     for linear in (layer.expansion, layer.projection):
         torch.nn.init.zeros_(linear.bias)
         torch.nn.init.eye_(linear.weight)
@@ -119,7 +118,7 @@ def test_gelu_is_the_approximation_with_tanh():
 
 
 def test_dropout_is_applied_to_the_embeddings_in_training_only():
-    model = shaken(build(v8b, dropout=0.5))
+    model = shaken(build(v8c, dropout=0.5))
     seen = []
     model.blocks[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     idx = random_tokens(4, 5)
@@ -141,14 +140,14 @@ def normalised(x, layer):
 
 
 def test_gpt1_normalises_after_each_addition():
-    block = shaken(v8b.Block(tiny(v8b, norm="post")))
+    block = shaken(v8c.Block(tiny(v8c, norm="post")))
     x = torch.randn(2, 5, 18)
     y = normalised(x + block.attention(x), block.ln_1)
     torch.testing.assert_close(block(x), normalised(y + block.feed_forward(y), block.ln_2))
 
 
 def test_gpt1_has_no_final_layernorm():
-    gpt1, gpt2 = (build(v8b, norm=norm) for norm in ("post", "pre"))
+    gpt1, gpt2 = (build(v8c, norm=norm) for norm in ("post", "pre"))
     final = {"ln_f.weight", "ln_f.bias"}
     assert set(gpt2.state_dict()) - set(gpt1.state_dict()) == final
     seen = []

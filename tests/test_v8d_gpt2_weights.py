@@ -1,6 +1,6 @@
-"""v8c_pretrained.py: models in and out, compared with transformers, and fine-tuning.
+"""v8d_gpt2_weights.py: models in and out, compared with transformers, and fine-tuning.
 
-How the files of models are found, read and written is tested in test_pretrained.py.
+How the files of models are found, read and written is tested in test_gpt2_files.py.
 """
 
 import json
@@ -11,9 +11,6 @@ import shutil
 import warnings
 from dataclasses import asdict
 from pathlib import Path
-
-import data
-from data import pretrained
 
 import pytest
 import tiktoken
@@ -29,7 +26,9 @@ from transformers import (
     OpenAIGPTLMHeadModel,
 )
 
-import v8c_pretrained as v8c
+import data
+from part4_gpt2 import v8d_gpt2_weights as v8d
+from support import gpt2_files
 
 KINDS = {
     "GPT-2": (GPT2Config, GPT2LMHeadModel),
@@ -76,9 +75,9 @@ def ascii_tokens(monkeypatch):
 
 def load(folder: Path, *flags: str):
     """The model that --init_from makes of a folder."""
-    cfg = v8c.read_settings(pretrained.read_config(folder), ["--device", "cpu", *flags])
-    model = v8c.LanguageModel(cfg, 97).eval()
-    v8c.load_released(model, folder)
+    cfg = v8d.read_settings(gpt2_files.read_config(folder), ["--device", "cpu", *flags])
+    model = v8d.LanguageModel(cfg, 97).eval()
+    v8d.load_released(model, folder)
     return model
 
 
@@ -102,12 +101,12 @@ def load_in_transformers(folder: Path):
 
 
 def flags(corpus, **changes):
-    return [*tiny_flags(v8c, **changes), "--data", str(corpus)]
+    return [*tiny_flags(v8d, **changes), "--data", str(corpus)]
 
 
 def output(capsys, *flags):
     capsys.readouterr()
-    v8c.main([str(flag) for flag in flags])
+    v8d.main([str(flag) for flag in flags])
     return capsys.readouterr().out
 
 
@@ -198,14 +197,14 @@ def test_the_best_weights_of_a_run_are_exported(
     corpus, ascii_tokens, tmp_path, capsys, monkeypatch, norm, tokenizer
 ):
     losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
-    monkeypatch.setattr(v8c, "estimate_loss", lambda *_: next(losses))
+    monkeypatch.setattr(v8d, "estimate_loss", lambda *_: next(losses))
     changes = {"norm": norm, "tokenizer": tokenizer, "warmup_iters": 0}
     run, export = tmp_path / "run", tmp_path / "export"
-    v8c.main(flags(corpus, out_dir=run, export=export, **changes))
+    v8d.main(flags(corpus, out_dir=run, export=export, **changes))
     assert capsys.readouterr().err.count(f"exported to {export}\n") == 1
     weights = best_weights(run)
     n_vocab = len(weights["token_embedding.weight"])
-    ours = v8c.LanguageModel(tiny(v8c, **changes), n_vocab).eval()
+    ours = v8d.LanguageModel(tiny(v8d, **changes), n_vocab).eval()
     ours.load_state_dict(weights)
     idx = torch.randint(n_vocab, (2, 5))
     logits, _ = ours(idx)
@@ -224,7 +223,7 @@ def test_the_alphabet_of_a_character_model_comes_with_its_export(corpus, tmp_pat
     sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
     sampling += ["--data", "missing.txt"]
     assert text.endswith("per character\n" + output(capsys, "--init_from", export, *sampling))
-    line = refused(v8c, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
+    line = refused(v8d, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
     assert line.startswith("error: --prompt: ")
     assert "'Z', 'ë'" in line
 
@@ -233,11 +232,11 @@ def test_a_text_with_unknown_characters_can_not_go_on_training_a_character_model
     corpus, tmp_path, capsys
 ):
     export = tmp_path / "export"
-    v8c.main(flags(corpus, export=export, max_iters=0))
+    v8d.main(flags(corpus, export=export, max_iters=0))
     tuning = ["--init_from", export, "--data", corpus, "--max_iters", "1", "--device", "cpu"]
     output(capsys, *tuning, "--out_dir", tmp_path / "known")
     corpus.write_text(TEXT.replace("q", "Q"), encoding="utf-8")  # just as many characters
-    line = refused(v8c, capsys, *tuning, "--out_dir", tmp_path / "unknown")
+    line = refused(v8d, capsys, *tuning, "--out_dir", tmp_path / "unknown")
     assert line.startswith("error: --data")
     assert "'Q'" in line
     assert not (tmp_path / "unknown").exists()
@@ -250,7 +249,7 @@ def test_an_unusable_export_is_refused_before_any_work(
     (tmp_path / "file").write_text("mine", encoding="utf-8")
     monkeypatch.setattr(data, "load_text", lambda *_: pytest.fail("too late"))
     run = tmp_path / "run"
-    line = refused(v8c, capsys, *flags(corpus, out_dir=run, export=tmp_path / place))
+    line = refused(v8d, capsys, *flags(corpus, out_dir=run, export=tmp_path / place))
     assert line.startswith(f"error: --export {tmp_path / place}: ")
     assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
     assert not run.exists()
@@ -261,7 +260,7 @@ def exported_run(tmp_path_factory):
     """The folder of a finished run, and where it has exported to. Tests must not write to it."""
     folder = tmp_path_factory.mktemp("exported")
     (folder / "corpus.txt").write_text(TEXT, encoding="utf-8")
-    v8c.main(flags(folder / "corpus.txt", out_dir=folder / "run", export=folder / "export"))
+    v8d.main(flags(folder / "corpus.txt", out_dir=folder / "run", export=folder / "export"))
     return folder / "run", folder / "export"
 
 
@@ -279,17 +278,17 @@ def test_sampling_does_not_export_again(exported_run, capsys):
     run, export = exported_run
     before = {path: path.stat().st_mtime_ns for path in export.iterdir()}
     capsys.readouterr()
-    v8c.main(["--sample_only", "--out_dir", str(run)])
+    v8d.main(["--sample_only", "--out_dir", str(run)])
     assert "export" not in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in export.iterdir()} == before
 
 
 def test_a_resumed_run_exports_where_it_should(corpus, tmp_path):
     run, first, second = tmp_path / "run", tmp_path / "first", tmp_path / "second"
-    v8c.main(flags(corpus, out_dir=run, export=first))
+    v8d.main(flags(corpus, out_dir=run, export=first))
     shutil.rmtree(first)  # as if the run had been killed before
-    v8c.main(["--resume", "--out_dir", str(run), "--max_iters", "4"])
-    v8c.main(["--resume", "--out_dir", str(run), "--max_iters", "5", "--export", str(second)])
+    v8d.main(["--resume", "--out_dir", str(run), "--max_iters", "4"])
+    v8d.main(["--resume", "--out_dir", str(run), "--max_iters", "5", "--export", str(second)])
     expected = {}
     for export in (first, second):
         expected[export] = load_file(export / "model.safetensors")["wte.weight"]
@@ -301,7 +300,7 @@ def test_a_resumed_run_exports_where_it_should(corpus, tmp_path):
 
 
 def settings(folder: Path, *typed: str):
-    return v8c.read_settings(pretrained.read_config(folder), ["--device", "cpu", *typed])
+    return v8d.read_settings(gpt2_files.read_config(folder), ["--device", "cpu", *typed])
 
 
 def test_a_released_model_brings_its_sizes(released):
@@ -314,8 +313,8 @@ def test_a_released_model_brings_its_sizes(released):
 
 def test_fine_tuning_has_defaults_of_its_own(gpt2_folder):
     cfg = settings(gpt2_folder)
-    assert vars(cfg).items() >= v8c.FINE_TUNING.items()
-    assert cfg.learning_rate < v8c.Config.learning_rate / 10
+    assert vars(cfg).items() >= v8d.FINE_TUNING.items()
+    assert cfg.learning_rate < v8d.Config.learning_rate / 10
     assert cfg.dropout > 0
     cfg = settings(gpt2_folder, "--learning_rate", "0.5", "--dropout", "0", "--batch_size", "9")
     assert (cfg.learning_rate, cfg.dropout, cfg.batch_size) == (0.5, 0.0, 9)
@@ -331,7 +330,7 @@ def test_fine_tuning_is_the_same_on_a_gpu(gpt2_folder, monkeypatch):
 
 
 def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(gpt2_folder):
-    assert settings(gpt2_folder).warmup_iters == v8c.FINE_TUNING["max_iters"] // 10 > 0
+    assert settings(gpt2_folder).warmup_iters == v8d.FINE_TUNING["max_iters"] // 10 > 0
     assert settings(gpt2_folder, "--max_iters", "50").warmup_iters == 5
     assert settings(gpt2_folder, "--max_iters", "50", "--warmup_iters", "7").warmup_iters == 7
 
@@ -344,7 +343,7 @@ def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(gpt2_fold
     ],
 )  # fmt: skip
 def test_other_sizes_are_refused_by_name(gpt2_folder, capsys, name, value):
-    line = refused(v8c, capsys, "--init_from", gpt2_folder, f"--{name}", value)
+    line = refused(v8d, capsys, "--init_from", gpt2_folder, f"--{name}", value)
     assert line.startswith(f"error: --{name} {value}: ")
 
 
@@ -358,20 +357,20 @@ def test_a_shorter_block_size_crops_the_positions(released):
 
 
 def test_a_longer_block_size_is_refused(gpt2_folder, capsys):
-    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--block_size", "25")
+    line = refused(v8d, capsys, "--init_from", gpt2_folder, "--block_size", "25")
     assert line == "error: --block_size 25: the model has only 24 positions"
 
 
 def test_a_run_can_not_both_start_and_go_on(gpt2_folder, exported_run, capsys):
     run, _ = exported_run
-    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--resume", "--out_dir", run)
+    line = refused(v8d, capsys, "--init_from", gpt2_folder, "--resume", "--out_dir", run)
     assert line.startswith("error: --init_from: ")
     assert "--resume" in line
 
 
 def test_a_model_for_another_tokenizer_is_refused(tmp_path, ascii_tokens, capsys):
     make_reference("GPT-2", vocab_size=98).save_pretrained(tmp_path)
-    line = refused(v8c, capsys, "--init_from", tmp_path, "--sample_only")
+    line = refused(v8d, capsys, "--init_from", tmp_path, "--sample_only")
     assert line.startswith("error: --init_from: its vocabulary has 98 tokens, the tokenizer 97; ")
 
 
@@ -380,7 +379,7 @@ def test_without_the_files_of_its_tokenizer_a_model_is_refused(gpt2_folder, caps
         raise OSError("no network")
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    line = refused(v8c, capsys, "--init_from", gpt2_folder, "--sample_only")
+    line = refused(v8d, capsys, "--init_from", gpt2_folder, "--sample_only")
     assert "can't load GPT-2's tokenizer (no network); set TIKTOKEN_CACHE_DIR" in line
 
 
@@ -431,7 +430,7 @@ def test_a_fine_tuned_run_goes_on_without_the_released_model(
     state = torch.load(run / "latest.pt", weights_only=True)
     assert state["step"] == 3
     assert state["config"]["init_from"] == str(gpt2_folder)
-    assert state["config"]["learning_rate"] == v8c.FINE_TUNING["learning_rate"]
+    assert state["config"]["learning_rate"] == v8d.FINE_TUNING["learning_rate"]
     assert len(output(capsys, "--sample_only", "--out_dir", run)) > 5
 
 

@@ -1,4 +1,4 @@
-"""v8d_distributed.py: large batches from small ones, and from several processes."""
+"""v8e_distributed.py: large batches from small ones, and from several processes."""
 
 import os
 import re
@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 
-import data
-
 import pytest
 import torch
 from conftest import TINY, VOCAB_SIZE, random_tokens, tiny, tiny_flags
 
-import v8d_distributed as v8d
 from lab.ladder import ROOT
+from part4_gpt2 import v8e_distributed as v8e
+from support import checkpoints, processes
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 needs_gloo = pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is not for Windows")
@@ -37,7 +36,7 @@ def assert_same_weights(a, b):
 def start(*flags):
     """Two processes of the script, in a process group of their own."""
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    command = [*LAUNCH, "v8d_distributed.py", *map(str, flags)]
+    command = [*LAUNCH, "part4_gpt2/v8e_distributed.py", *map(str, flags)]
     return subprocess.Popen(command, cwd=ROOT, start_new_session=True, **pipes)
 
 
@@ -45,8 +44,8 @@ def test_small_batches_add_up_to_a_large_one(splits, monkeypatch):
     models = []
     for batch_size, steps in ((4, 3), (12, 1)):
         torch.manual_seed(1)
-        cfg = tiny(v8d, batch_size=batch_size, grad_accum_steps=steps, max_iters=4, warmup_iters=0)
-        model = v8d.LanguageModel(cfg, VOCAB_SIZE)
+        cfg = tiny(v8e, batch_size=batch_size, grad_accum_steps=steps, max_iters=4, warmup_iters=0)
+        model = v8e.LanguageModel(cfg, VOCAB_SIZE)
         torch.manual_seed(2)
         rows = iter(random_tokens(100, TINY["block_size"] + 1))
 
@@ -54,8 +53,8 @@ def test_small_batches_add_up_to_a_large_one(splits, monkeypatch):
             windows = torch.stack([next(rows) for _ in range(cfg.batch_size)])
             return windows[:, :-1], windows[:, 1:]
 
-        monkeypatch.setattr(v8d, "get_batch", batch)
-        v8d.train(model, *splits, cfg)
+        monkeypatch.setattr(v8e, "get_batch", batch)
+        v8e.train(model, *splits, cfg)
         models.append(model)
     assert_same_weights(models[0].state_dict(), models[1].state_dict())
 
@@ -66,12 +65,12 @@ def test_every_batch_has_a_seed_of_its_own(monkeypatch):
     def draws(n_processes, grad_accum_steps):
         drawn = {}
         for rank in range(n_processes):
-            monkeypatch.setattr(data, "n_processes", lambda: n_processes)
-            monkeypatch.setattr(data, "process_rank", lambda rank=rank: rank)
+            monkeypatch.setattr(processes, "n_processes", lambda: n_processes)
+            monkeypatch.setattr(processes, "process_rank", lambda rank=rank: rank)
             for i in range(grad_accum_steps):
                 for seed in (7, 8):
                     for step in range(9):
-                        v8d.seed_batch(tiny(v8d, seed=seed), step, i)
+                        v8e.seed_batch(tiny(v8e, seed=seed), step, i)
                         drawn[seed, step, i * n_processes + rank] = torch.rand(1).item()
         return drawn
 
@@ -86,10 +85,10 @@ def test_two_processes_equal_one_that_accumulates_twice_as_much(corpus, tmp_path
     def flags(name, grad_accum_steps, **more):
         length = {"max_iters": 12, "eval_interval": 6, "warmup_iters": 2, "dropout": 0.2}
         how = {"out_dir": tmp_path / name, "grad_accum_steps": grad_accum_steps}
-        return [*tiny_flags(v8d, **{**length, **how, **more}), "--data", str(corpus)]
+        return [*tiny_flags(v8e, **{**length, **how, **more}), "--data", str(corpus)]
 
     with start(*flags("two", 2)) as process:
-        v8d.main(flags("one", 4))
+        v8e.main(flags("one", 4))
         one = capsys.readouterr().out
         two, two_err = process.communicate(timeout=100)
     assert process.returncode == 0, two_err
@@ -101,9 +100,9 @@ def test_two_processes_equal_one_that_accumulates_twice_as_much(corpus, tmp_path
     assert states[0]["step"] == states[1]["step"] == 12
     assert_same_weights(states[0]["model"], states[1]["model"])
 
-    v8d.main(flags("long", 4, max_iters=16))
+    v8e.main(flags("long", 4, max_iters=16))
     resumed = ["--resume", "--out_dir", str(tmp_path / "two"), "--grad_accum_steps", "4"]
-    v8d.main([*resumed, "--max_iters", "16", "--eval_interval", "6"])
+    v8e.main([*resumed, "--max_iters", "16", "--eval_interval", "6"])
     names = ("long", "two")
     states = [torch.load(tmp_path / name / "latest.pt", weights_only=True) for name in names]
     assert states[0]["step"] == states[1]["step"] == 16
@@ -111,7 +110,7 @@ def test_two_processes_equal_one_that_accumulates_twice_as_much(corpus, tmp_path
 
 @needs_gloo
 def test_a_bad_flag_is_reported_once():
-    with start(*tiny_flags(v8d), "--data", "missing.txt") as process:
+    with start(*tiny_flags(v8e), "--data", "missing.txt") as process:
         _, err = process.communicate(timeout=100)
     assert process.returncode != 0
     assert err.count("error: --data missing.txt: ") == 1
@@ -122,7 +121,7 @@ def test_a_bad_flag_is_reported_once():
 def test_a_run_that_is_cut_short_can_be_resumed(corpus, tmp_path, event, capsys):
     folder = tmp_path / "run"
     length = {"max_iters": 10**6, "eval_interval": 100, "out_dir": folder}
-    with start(*tiny_flags(v8d, **length), "--data", corpus) as process:
+    with start(*tiny_flags(v8e, **length), "--data", corpus) as process:
         while not (folder / "best.pt").exists():
             assert process.poll() is None
             time.sleep(0.05)
@@ -141,6 +140,6 @@ def test_a_run_that_is_cut_short_can_be_resumed(corpus, tmp_path, event, capsys)
         assert err.count("error: ") == 1
         assert "error: another process of this run has ended" in err
     capsys.readouterr()
-    state = data.read_checkpoint(folder / "latest.pt")
-    v8d.main(["--resume", "--out_dir", str(folder), "--max_iters", str(state["step"] + 1)])
+    state = checkpoints.read_checkpoint(folder / "latest.pt")
+    v8e.main(["--resume", "--out_dir", str(folder), "--max_iters", str(state["step"] + 1)])
     assert f"step {state['step'] + 1}: " in capsys.readouterr().out

@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, shaken, tiny
 
-import v7b_kv_cache as v7b
-import v9a_rmsnorm as v9a
+from part3_generation import v7b_kv_cache as v7b
+from part5_modern import v9a_rmsnorm as v9a
 
 
 def make_norms(size):

@@ -2,8 +2,6 @@
 
 import math
 
-import data
-
 import pytest
 import torch
 from conftest import TEXT, build, random_tokens, refused, tiny, tiny_flags
@@ -11,7 +9,8 @@ from torch.nn import functional as F
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-import v9b_rope as v9b
+import data
+from part5_modern import v9b_rope as v9b
 
 
 def decisive(model):

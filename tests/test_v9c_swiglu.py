@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import shaken, tiny
 
-import v9b_rope as v9b
-import v9c_swiglu as v9c
+from part5_modern import v9b_rope as v9b
+from part5_modern import v9c_swiglu as v9c
 
 
 def n_parameters(module) -> int:

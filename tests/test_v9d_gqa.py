@@ -4,8 +4,8 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, refused, tiny, tiny_flags
 
-import v9c_swiglu as v9c
-import v9d_gqa as v9d
+from part5_modern import v9c_swiglu as v9c
+from part5_modern import v9d_gqa as v9d
 
 SIZES = {"block_size": 8, "n_embd": 36, "n_head": 6}
 

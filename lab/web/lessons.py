@@ -1,8 +1,9 @@
-"""lessons.py: the texts of the page as HTML, from docstrings, docs/ and exercises.md."""
+"""lessons.py: the texts of the page as HTML, from docstrings, Markdown and exercises.md."""
 
 import ast
 import base64
 import html
+import os
 import re
 import sys
 import textwrap
@@ -13,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the sc
 
 from markdown_it import MarkdownIt
 
-from lab.ladder import ROOT, read, source
+from lab.ladder import FOLDERS, ROOT, read, source
 
 
 def color_diff(code: str, language: str, _: str) -> str:
@@ -94,15 +95,26 @@ def markdown(text: str) -> str:
 
 
 def points_to_see(script: str, part: int) -> str:
-    """What docs/ says about what to look at in a script, as HTML, or "" if it says nothing."""
-    page = read(ROOT / "docs" / f"part{part}.md")
-    [_, section] = re.split(rf"^## {script}\.py$", page, flags=re.MULTILINE)
+    """What the page of a part says about what to look at in a script, as HTML, or ""."""
+    page = page_of(part)
+    [_, section] = re.split(rf"^## {script}\.py$", read(page), flags=re.MULTILINE)
     section = re.split(r"^## ", section, flags=re.MULTILINE)[0]
     found = re.search(
         r"^\*\*What to look at[^*]*\*\*(.*?)(?=^\*\*|^```|^\||^#|^!|\Z)", section,
         flags=re.MULTILINE | re.DOTALL,
     )
-    return markdown(found[1].strip()) if found else ""
+    return links_from_docs(markdown(found[1].strip()), page.parent) if found else ""
+
+
+def page_of(part: int) -> Path:
+    """The page of a part of the course, in Markdown."""
+    return ROOT / "docs" / "part1.md" if part == 1 else ROOT / FOLDERS[part] / "README.md"
+
+
+def links_from_docs(text: str, folder: Path) -> str:
+    """HTML with its links to files, seen from folder, changed so that they work from docs/."""
+    up = os.path.relpath(folder, ROOT / "docs").replace(os.sep, "/")
+    return text if up == "." else re.sub(r'href="(?!#|https?:)', f'href="{up}/', text)
 
 
 def probes_section() -> str:

@@ -2,14 +2,13 @@
 
 A run is the one that the script's own command makes on a CPU, with the prompt "ROMEO:". Its results
 are kept in out/page/, so a second build of the page doesn't train again. A run is repeated when the
-script or its settings change; changes in its docstring, its comments, data/ and this file don't
-count.
+script or its settings change; changes in its docstring, its comments, data/, support/ and this file
+don't count.
 """
 
 import base64
 import dataclasses
 import hashlib
-import importlib
 import json
 import os
 import platform
@@ -23,15 +22,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))  # the scripts are up there
 
-import data
-
 import numpy as np
 import torch
 from torch import nn
 from tqdm import tqdm
 
+import data
+from data import token_files
 from lab.evaluate import whole_loss
-from lab.ladder import SCRIPTS, source, split_docstring
+from lab.ladder import SCRIPTS, load, source, split_docstring
 
 # The models that the page brings to life.
 LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
@@ -41,16 +40,16 @@ SAME_TRAINING = {
     "v6d_checkpoints": "v6c_recipe",
     "v7a_sampling": "v6c_recipe",
     "v7b_kv_cache": "v6c_recipe",
-    "v8c_pretrained": "v8b_gpt2",
-    "v9g_llama": "v9d_gqa",
-    "v9h_tokenizer": "v9d_gqa",
-    "v9i_pretrained": "v9d_gqa",
+    "v8d_gpt2_weights": "v8c_gpt2",
+    "v11a_llama": "v9d_gqa",
+    "v11b_tokenizer": "v9d_gqa",
+    "v11c_llama_weights": "v9d_gqa",
 }
 WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
 SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
 SAMPLE_LENGTH = 300  # characters
-# v9f by the clock isn't reproducible. These are the sizes of --minutes 3.75 and the steps that such
-# a run took (docs/part5.md). More loss estimates don't change it, they only make a finer curve.
+# v10c by the clock isn't reproducible. These are the sizes of --minutes 3.75 and the steps that
+# such a run took (part6_speedrun/README.md). More loss estimates only make a finer curve.
 SPEEDRUN = {
     "minutes": 3.75, "max_iters": 1567, "eval_interval": 400, "fused_attention": True,
 }
@@ -104,8 +103,8 @@ def jobs_for(scripts: list[str], changes: dict[str, Any]) -> list[Job]:
     jobs = []
     for script in scripts:
         settings = {"seed": 1337, "prompt": "ROMEO:"}
-        if script == "v9f_speedrun":
-            settings.update(importlib.import_module(script).SHORT, **SPEEDRUN)
+        if script == "v10c_speedrun":
+            settings.update(load(script).SHORT, **SPEEDRUN)
         jobs.append(Job(script, script, {**settings, **changes}))
         if script == "v5_gpt":
             for steps in SNAPSHOTS:
@@ -214,15 +213,15 @@ def json_in(page: str, element: str) -> Any:
 
 def load_config(job: Job) -> Any:
     """The script's Config with its defaults for a CPU and the settings of the job."""
-    script = importlib.import_module(job.script)
+    script = load(job.script)
     return data.read_flags(script.Config, "", ["--device", "cpu"], saved=job.settings)
 
 
 def load_corpus(script: Any, cfg: Any) -> tuple[Any, np.ndarray, np.ndarray]:
     """The tokenizer of a script, and the tokens for training and for validation."""
-    if hasattr(script, "BPETokenizer") and data.choose_tokenizer(cfg.tokenizer) == "gpt2":
+    if hasattr(script, "BPETokenizer") and token_files.choose_tokenizer(cfg.tokenizer) == "gpt2":
         tokenizer = script.BPETokenizer()
-        train_data, val_data = data.load_splits(cfg, tokenizer, "")
+        train_data, val_data = token_files.load_splits(cfg, tokenizer, "")
         return tokenizer, train_data, val_data
     text = data.load_text(cfg.data)
     tokenizer = data.CharTokenizer(text)
@@ -234,7 +233,7 @@ def load_model(name: str, folder: Path, changes: dict[str, Any]) -> nn.Module:
     """One of the models in LIVE with the weights in folder, in eval mode."""
     [job] = [job for job in jobs_for([name], changes) if job.name == name]
     cfg = load_config(job)
-    script = importlib.import_module(name)
+    script = load(name)
     weights = torch.load(folder / f"{name}.pt", weights_only=True)
     vocab_size = len(weights["token_embedding.weight"])
     model = script.LanguageModel(cfg, vocab_size)
@@ -248,7 +247,7 @@ def train_job(job: Job, folder: Path) -> tuple[Result, dict[str, torch.Tensor]]:
     folder: where the weights are if the script trains exactly as another one.
     Returns what it showed, and the weights.
     """
-    script = importlib.import_module(job.script)
+    script = load(job.script)
     cfg = load_config(job)
     tokenizer, train_data, val_data = load_corpus(script, cfg)
     prompt = torch.tensor([tokenizer.encode(cfg.prompt)])  # (1, T)

@@ -1,0 +1,266 @@
+"""Models in the folders of transformers: download them, read their weights, and write such folders.
+
+A folder has config.json with the settings, model.safetensors with the weights (or several such
+files and an index) and, for most models, tokenizer.json.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from tempfile import TemporaryFile
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from data.files import replace_file
+from data.flags import NO_LIMIT, InputError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+READABLE = [*DTYPES.values(), torch.float64]
+INDEX = "model.safetensors.index.json"
+HEAD = "lm_head.weight"
+# Entries of weight files that aren't weights: masks, numbers of positions, frequencies.
+BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq")
+
+
+def download(
+    name: str, repository: str, files: list[str], optional: Sequence[str] = ()
+) -> Path:
+    """Return the folder with a model's files and weights, from the Hugging Face hub or its cache.
+
+    The hub's own client downloads what isn't in its cache yet. With HF_HUB_OFFLINE=1, or without a
+    network, the cache has to do. Raises InputError, naming --init_from, if one of the files or the
+    weights can't be had; the optional ones may be missing.
+    """
+    from huggingface_hub import logging, snapshot_download  # here: they take long to import
+
+    logging.set_verbosity_error()  # or each retry without a network prints a warning
+    print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
+    weights = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
+    try:
+        folder = Path(snapshot_download(repository, allow_patterns=[*files, *optional, *weights]))
+        for file in [*files, *weight_names(folder)]:
+            if not (folder / file).exists():
+                raise FileNotFoundError(f"{file} is neither there nor in the cache")
+    except InputError:
+        raise
+    except Exception as error:  # no network, a licence that isn't accepted, a full disk, ...
+        message = str(error).strip() or type(error).__name__
+        why = message.splitlines()[0]
+        remedy = "check the name and the network, or name a folder with the model's files"
+        raise InputError(f"--init_from {name}: can't download it ({why}); {remedy}") from None
+    return folder
+
+
+# ---- settings
+
+
+def read_json(path: Path, flag: str) -> dict[str, Any]:
+    """Return the JSON object in a file; raises InputError, naming flag, if there is none."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't read it ({error.strerror})") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{flag} {path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{flag} {path}: should hold a JSON object")
+    return content
+
+
+def integer(
+    config: dict[str, Any], name: str, path: Path, flag: str, least: int = 1,
+    most: int = NO_LIMIT - 1,
+) -> int:
+    """Return an integer of a configuration; raises InputError, naming flag, if it isn't one."""
+    value = config.get(name)
+    if type(value) is not int or not least <= value <= most:
+        why = f"its {name} is {value!r}, not an integer from {least} to {most:,}"
+        raise InputError(f"{flag} {path}: {why}")
+    return value
+
+
+def read_characters(config: dict[str, Any], path: Path) -> str:
+    """Return the alphabet of a model whose tokens are characters, or "" for any other model.
+
+    Raises InputError if it is damaged.
+    """
+    characters = config.get("characters", "")
+    if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
+        raise InputError(f"--init_from {path}: its characters aren't in order, so it is damaged")
+    return characters
+
+
+# ---- reading weights
+
+
+def weight_names(folder: Path) -> list[str]:
+    """The names of a folder's weight files; raises InputError if the index of several is damaged.
+
+    One file comes before several.
+    """
+    path = folder / INDEX
+    if not path.exists() or (folder / "model.safetensors").exists():
+        return ["model.safetensors"]
+    return sorted(set(read_index(path).values()))
+
+
+def read_index(path: Path) -> dict[str, str]:
+    """Return which file has each weight; raises InputError if the index is damaged."""
+    files = read_json(path, "--init_from").get("weight_map")
+    if not isinstance(files, dict) or not files:
+        raise InputError(f"--init_from {path}: it lacks 'weight_map', so it is damaged")
+    for name in files.values():
+        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
+            raise InputError(f"--init_from {path}: {name!r} isn't the name of a weight file")
+    return files
+
+
+def weight_files(folder: Path) -> dict[str, Path]:
+    """Return the file that has each weight; raises InputError if one is missing or damaged."""
+    from safetensors import safe_open  # here, because only v8d and v11c need it
+
+    names = weight_names(folder)
+    if names == ["model.safetensors"] and not (folder / "model.safetensors").exists():
+        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
+    files = {}
+    for path in [folder / name for name in names]:
+        try:
+            with safe_open(path, framework="pt") as file:
+                files.update(dict.fromkeys(file.keys(), path))
+        except Exception as error:  # safetensors has its own class for a damaged file
+            raise InputError(f"--init_from {path}: can't read it ({error})") from None
+    return {name: path for name, path in files.items() if not name.endswith(BUFFERS)}
+
+
+def read_weights(
+    folder: Path, expected: dict[str, torch.Tensor], embedding: str, padded: Sequence[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield the names and weights in a folder, one by one, in the order of expected.
+
+    expected: tensors with the names and shapes that the folder must have; they may be on the meta
+    device. embedding: the name of the token embedding. If expected has no output layer, the folder
+    may have one that equals it. padded: the names of weights that may have more rows than expected,
+    which are left out. Raises InputError if the weights don't fit, or if they are damaged.
+    """
+    files = weight_files(folder)
+    stored = {name.removeprefix("transformer."): name for name in files}
+    if HEAD in stored and HEAD not in expected and embedding in stored:
+        head, other = stored.pop(HEAD), stored[embedding]
+        if not torch.equal(read_weight(files[head], head), read_weight(files[other], other)):
+            why = "its lm_head.weight isn't its token embedding, but this model has one for both"
+            raise InputError(f"--init_from {files[head]}: {why}")
+    check_names(expected, stored, folder)
+    for name, own in tqdm(expected.items(), desc="loading", delay=1):
+        path = files[stored[name]]
+        weight = read_weight(path, stored[name])
+        if name in padded and weight.ndim == own.ndim:
+            weight = weight[: len(own)]
+        if weight.shape != own.shape:
+            shapes = f"{tuple(weight.shape)} instead of {tuple(own.shape)}"
+            raise InputError(f"--init_from {path}: {name} has the shape {shapes}")
+        check_numbers(weight, f"{path}: {name}")
+        yield name, weight
+
+
+def check_names(expected: Sequence[str], stored: Sequence[str], folder: Path) -> None:
+    """Raise InputError if a folder lacks weights, or has others."""
+    problems = []
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        problems.append(f"missing: {listed(missing)}")
+    extra = [name for name in stored if name not in expected]
+    if extra:
+        problems.append(f"extra: {listed(extra)}")
+    if problems:
+        raise InputError(f"--init_from {folder}: the weights don't fit; {'; '.join(problems)}")
+
+
+def listed(names: list[str]) -> str:
+    """The first few of many names, and how many more there are."""
+    if len(names) <= 5:
+        return ", ".join(names)
+    return f"{', '.join(names[:5])} and {len(names) - 5} more"
+
+
+def read_weight(path: Path, name: str) -> torch.Tensor:
+    """Return one weight in a file; raises InputError if it is damaged.
+
+    The file is opened for each weight anew: what has been read of an open file counts as this
+    program's memory, so in the end that would hold all weights twice.
+    """
+    from safetensors import safe_open  # here, because only v8d and v11c need it
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            weight = file.get_tensor(name)
+    except Exception as error:  # safetensors has its own class for a damaged file
+        raise InputError(f"--init_from {path}: can't read {name} ({error})") from None
+    if weight.dtype not in READABLE:
+        why = f"{name} is {weight.dtype}, but only {', '.join(DTYPES)} can be loaded"
+        raise InputError(f"--init_from {path}: {why}")
+    return weight
+
+
+def check_numbers(weight: torch.Tensor, where: str) -> None:
+    """Raise InputError, saying where, if a weight has numbers that float32 can't hold."""
+    lowest, highest = weight.aminmax()  # NaN, if there is any
+    if not (lowest.float().isfinite() and highest.float().isfinite()):
+        raise InputError(f"--init_from {where} has numbers that aren't finite")
+
+
+# ---- exports
+
+
+def check_export(export: str) -> None:
+    """Make the folder for --export, or do nothing if that is "".
+
+    Raises InputError if a model is in the folder already, or if it can't be written.
+    """
+    if not export:
+        return
+    folder = Path(export)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        files = ("config.json", "model.safetensors", "tokenizer.json")
+        is_used = any((folder / name).exists() for name in files)
+        with TemporaryFile(dir=folder):
+            pass  # so it can be written
+    except OSError as error:
+        raise InputError(f"--export {folder}: can't write there ({error.strerror})") from None
+    if is_used:
+        why = 'already holds a model; name another folder, or "" to export nothing'
+        raise InputError(f"--export {folder}: {why}")
+
+
+def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Tensor]) -> None:
+    """Write texts, by the names of their files, and model.safetensors to an --export folder.
+
+    Raises InputError if that fails; then there is no model.safetensors.
+    """
+    from safetensors.torch import save_file  # here, because only v8d and v11c need it
+
+    contiguous = {name: weight.contiguous().cpu() for name, weight in weights.items()}
+    unfinished = folder / "model.safetensors.unfinished"
+    try:
+        unfinished.touch()
+        mode = unfinished.stat().st_mode
+        save_file(contiguous, unfinished, {"format": "pt"})
+        unfinished.chmod(mode)  # safetensors makes a file that only its owner can read
+        for name, text in texts.items():
+            write_text(folder / name, text)
+        unfinished.replace(folder / "model.safetensors")
+    except InputError:
+        raise
+    except Exception as error:  # safetensors has its own class for a full disk
+        raise InputError(f"--export {folder}: can't write the weights ({error})") from None
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file of an --export folder by text; raises InputError if that fails."""
+    replace_file(path, lambda file: file.write(text.encode("utf-8")), "--export")
