@@ -1,4 +1,4 @@
-"""data/hardware.py: bfloat16 on each device, the compiler's check, and the memory that is kept."""
+"""support/hardware.py: bfloat16 on each device, the compiler's check, memory that is kept."""
 
 import ctypes
 import sys

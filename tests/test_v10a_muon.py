@@ -213,6 +213,17 @@ def test_a_resumed_run_ends_with_the_same_weights_and_averages(corpus, tmp_path)
                 assert torch.equal(resumed["optimizer"][part][i][name], average)
 
 
+def test_a_run_from_before_the_script_had_this_name_goes_on(corpus, tmp_path):
+    v10a.main([*tiny_flags(v10a, out_dir=tmp_path), "--data", str(corpus)])
+    for name in ("latest.pt", "best.pt"):
+        state = torch.load(tmp_path / name, weights_only=True)
+        torch.save(state | {"script": "v9e_muon"}, tmp_path / name)
+    v10a.main(["--sample_only", "--out_dir", str(tmp_path)])
+    v10a.main(["--resume", "--out_dir", str(tmp_path), "--max_iters", "4"])
+    state = torch.load(tmp_path / "latest.pt", weights_only=True)
+    assert (state["step"], state["script"]) == (4, "v10a_muon")
+
+
 def test_averages_of_the_wrong_shape_are_refused(corpus, tmp_path, capsys):
     state = run(tmp_path, corpus, *tiny_flags(v10a))
     state["optimizer"][0][0]["average"] = torch.zeros(3, 3)
@@ -225,5 +236,5 @@ def test_a_run_of_v9d_can_not_be_resumed(corpus, tmp_path, capsys):
     v9d.main([*tiny_flags(v9d, out_dir=tmp_path), "--data", str(corpus)])
     line = refused(v10a, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
     assert line.startswith(f"error: {tmp_path / 'latest.pt'}: ")
-    v9d = Path("part5_modern", "v9d_gqa.py")
-    assert line.endswith(f"or written by a script with another optimizer; use {v9d}")
+    path = Path("part5_modern", "v9d_gqa.py")
+    assert line.endswith(f"or written by a script with another optimizer; use {path}")

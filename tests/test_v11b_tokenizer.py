@@ -1,6 +1,6 @@
 """v11b_tokenizer.py: the tokens of a tokenizer.json, compared with transformers, and their text.
 
-How data/llama.py reads the files is tested in test_llama.py.
+How support/llama_files.py reads the files is tested in test_llama_files.py.
 """
 
 import json
