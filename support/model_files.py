@@ -1,11 +1,10 @@
 """Models in the folders of transformers: download them, read their weights, and write such folders.
 
 A folder has config.json with the settings, model.safetensors with the weights (or several such
-files and an index) and, for most models, tokenizer.json.
+files) and, for most models, tokenizer.json.
 """
 
 import json
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +19,8 @@ from data.flags import NO_LIMIT, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = [*DTYPES.values(), torch.float64]
-INDEX = "model.safetensors.index.json"
+NUMBER = "[0-9]" * 5
+PARTS = f"model-{NUMBER}-of-{NUMBER}.safetensors"  # the files of a model too large for one
 HEAD = "lm_head.weight"
 # Entries of weight files that aren't weights: masks, numbers of positions, frequencies.
 BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq")
@@ -39,12 +39,13 @@ def download(
 
     logging.set_verbosity_error()  # or each retry without a network prints a warning
     print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
-    weights = ["model.safetensors", INDEX, "model-*-of-*.safetensors"]
+    patterns = [*files, *optional, "model.safetensors", PARTS]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=[*files, *optional, *weights]))
-        for file in [*files, *weight_names(folder)]:
+        folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        for file in files:
             if not (folder / file).exists():
                 raise FileNotFoundError(f"{file} is neither there nor in the cache")
+        weight_paths(folder)  # refuses a repository without any
     except InputError:
         raise
     except Exception as error:  # no network, a licence that isn't accepted, a full disk, ...
@@ -97,37 +98,29 @@ def read_characters(config: dict[str, Any], path: Path) -> str:
 # ---- reading weights
 
 
-def weight_names(folder: Path) -> list[str]:
-    """The names of a folder's weight files; raises InputError if the index of several is damaged.
+def weight_paths(folder: Path) -> list[Path]:
+    """The weight files in a folder: model.safetensors or, without that, its numbered parts.
 
-    One file comes before several.
+    Raises InputError if there are none, or if one of the parts is missing.
     """
-    path = folder / INDEX
-    if not path.exists() or (folder / "model.safetensors").exists():
-        return ["model.safetensors"]
-    return sorted(set(read_index(path).values()))
-
-
-def read_index(path: Path) -> dict[str, str]:
-    """Return which file has each weight; raises InputError if the index is damaged."""
-    files = read_json(path, "--init_from").get("weight_map")
-    if not isinstance(files, dict) or not files:
-        raise InputError(f"--init_from {path}: it lacks 'weight_map', so it is damaged")
-    for name in files.values():
-        if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+\.safetensors", name):
-            raise InputError(f"--init_from {path}: {name!r} isn't the name of a weight file")
-    return files
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    paths = sorted(folder.glob(PARTS))
+    if not paths:
+        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
+    n = int(paths[0].stem.rpartition("-")[2])
+    if len(paths) != n:
+        raise InputError(f"--init_from {folder}: it has {len(paths)} of the {n} weight files")
+    return paths
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """Return the file that has each weight; raises InputError if one is missing or damaged."""
+    """Return the file that has each weight; raises InputError if one can't be read."""
     from safetensors import safe_open  # here, because only v8d and v11c need it
 
-    names = weight_names(folder)
-    if names == ["model.safetensors"] and not (folder / "model.safetensors").exists():
-        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
     files = {}
-    for path in [folder / name for name in names]:
+    for path in weight_paths(folder):
         try:
             with safe_open(path, framework="pt") as file:
                 files.update(dict.fromkeys(file.keys(), path))
