@@ -91,7 +91,7 @@ def prose(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Markdown as HTML; links to the probes lead to the section of this page."""
-    return re.sub(r'href="probes\.md#', 'href="#probe-', MARKDOWN.render(text))
+    return re.sub(r'href="(../docs/)?probes\.md#', 'href="#probe-', MARKDOWN.render(text))
 
 
 def points_to_see(script: str, part: int) -> str:
@@ -113,8 +113,13 @@ def page_of(part: int) -> Path:
 
 def links_from_docs(text: str, folder: Path) -> str:
     """HTML with its links to files, seen from folder, changed so that they work from docs/."""
-    up = os.path.relpath(folder, ROOT / "docs").replace(os.sep, "/")
-    return text if up == "." else re.sub(r'href="(?!#|https?:)', f'href="{up}/', text)
+
+    def link(match: re.Match) -> str:
+        """A link to the same file, seen from docs/."""
+        path = os.path.relpath(folder / match[1], ROOT / "docs")
+        return f'href="{path.replace(os.sep, "/")}"'
+
+    return re.sub(r'href="(?!#|https?:)([^"]+)"', link, text)
 
 
 def probes_section() -> str:
