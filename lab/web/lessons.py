@@ -91,7 +91,7 @@ def prose(text: str) -> str:
 
 def markdown(text: str) -> str:
     """Markdown as HTML; links to the probes lead to the section of this page."""
-    return re.sub(r'href="(../docs/)?probes\.md#', 'href="#probe-', MARKDOWN.render(text))
+    return re.sub(r'href="(\.\./docs/)?probes\.md#', 'href="#probe-', MARKDOWN.render(text))
 
 
 def points_to_see(script: str, part: int) -> str:
