@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,11 +92,15 @@ def read_flags(
     """Turn command-line flags into a config_class; a flag not given gets its device's default.
 
     lesson is what --help shows above the flags. argv is the list of flags, or None for those
-    that this program was started with. Raises InputError for a flag or value that can't be used.
+    that this program was started with; a notebook has none. Raises InputError for a flag or value
+    that can't be used.
 
     saved: the settings of a checkpoint, which take the place of the defaults.
     fixed: names of settings in saved that a flag must not change.
     """
+    if argv is None and Path(sys.argv[0]).stem.endswith("kernel_launcher"):
+        why = "in a notebook, the flags are a list"
+        raise InputError(f'main(): {why}; call main([]) or main(["--max_iters", "500"])')
     flags = vars(make_parser(config_class, lesson).parse_args(argv))  # only the flags given
     saved = check_saved(config_class, saved or {})
     for name in fixed:
