@@ -1,8 +1,8 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
 Beside it, corpora.py finds the text and flags.py reads the command line. That is all that part 1
-of the course needs. From part 4 on, token_files.py and prepare.py keep texts as files of token ids,
-which files.py writes.
+of the course needs. From part 4 on, token_files.py and prepare.py keep texts as files of token ids.
+files.py replaces a file only when the new one is complete.
 """
 
 import numpy as np
@@ -49,8 +49,8 @@ def split(
 ) -> tuple[np.ndarray, np.ndarray]:
     """The first 90% of the tokens for training and the last 10% for validation.
 
-    A list becomes an array of uint16; an array keeps its dtype, and so does a TokenFile of
-    token_files.py, which can be cut and indexed like an array.
+    A list becomes an array of uint16. Anything that can be cut like an array is only cut: an array
+    of another dtype, or a file of tokens (token_files.py).
 
     Raises InputError, with the name of the corpus, if the last 10% are too short for a window and
     its targets.

@@ -171,12 +171,14 @@ def help_text(f: Field) -> str:
     """What a setting means, its default on this machine, and its default on the other kind."""
     text, gpu, cpu = f.metadata["text"], f.default, f.metadata["cpu"]
     if f.name == "device":
-        return f"{text} (default: {best_device()!r})"
-    if gpu == cpu:
-        return f"{text} (default: {cpu!r})"
-    if best_device() == "cpu":
-        return f"{text} (default: {cpu!r}; on a GPU: {gpu!r})"
-    return f"{text} (default: {gpu!r}; on the CPU: {cpu!r})"
+        defaults = f"default: {best_device()!r}"
+    elif gpu == cpu:
+        defaults = f"default: {cpu!r}"
+    elif best_device() == "cpu":
+        defaults = f"default: {cpu!r}; on a GPU: {gpu!r}"
+    else:
+        defaults = f"default: {gpu!r}; on the CPU: {cpu!r}"
+    return f"{text} ({defaults})".replace("%", "%%")  # argparse fills in what follows a single %
 
 
 def best_device() -> str:

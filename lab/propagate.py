@@ -136,7 +136,7 @@ def script_name(typed: str) -> str:
     name = path.name.removesuffix(".py")
     is_elsewhere = path.parent != Path() and path.parent.resolve() != (ROOT / path_of(name)).parent
     if name not in PARENTS or is_elsewhere:
-        raise data.InputError(f"{typed}: not a script of the course ({', '.join(PARENTS)})")
+        raise data.InputError(f"{typed}: not a script here; give its name ({', '.join(PARENTS)})")
     return name
 
 

@@ -10,7 +10,7 @@ those of a new model, so that the weights don't forget what they know.
 The way back works too: an exported model loads in transformers and gives the same logits.
 
 New here: GPT2_NAMES, released_weights, load_released, and the settings of a released model.
-          support/gpt2_files.py downloads, reads and writes the files.
+          support/gpt2_files.py and model_files.py download, read and write the files.
 Run it:   python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --sample_only --prompt "Life is"
           python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --data my_novel.txt --batch_size 1
           python part4_gpt2/v8d_gpt2_weights.py --export out/my_gpt

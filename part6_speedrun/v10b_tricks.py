@@ -13,7 +13,7 @@ small changes. These are for a small model on characters:
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
 
 --no-bigrams, for example, switches one of them off. Apart from these, the initial weights are
-PyTorch's own, and only the matrices of the blocks decay. README.md beside it says what each is
+PyTorch's own, and only the matrices of the blocks decay. part6_speedrun/README.md says what each is
 worth, and what else was tried.
 
 New here: the eight switches.

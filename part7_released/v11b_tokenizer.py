@@ -15,7 +15,7 @@ New here: FileTokenizer, and the three things above.
 Run it:   python part7_released/v11b_tokenizer.py
           python part7_released/v11b_tokenizer.py --tokenizer tokenizer.json
 Expect:   the losses of v11a_llama.py. With other tokens, losses are per token and higher;
-          README.md beside this script has an example.
+          part7_released/README.md has an example.
 Diff:     git diff --no-index part7_released/v11a_llama.py part7_released/v11b_tokenizer.py
 """
 

@@ -11,7 +11,7 @@ half as much memory as float32. They are copied one by one, so memory never hold
 Training needs float32.
 
 New here: LLAMA_NAMES, released_weights, load_released, and the settings of a released model.
-          support/llama_files.py downloads, reads and writes the files.
+          support/llama_files.py and model_files.py download, read and write the files.
 Run it:   python part7_released/v11c_llama_weights.py --init_from HuggingFaceTB/SmolLM2-135M
           python part7_released/v11c_llama_weights.py --init_from Qwen/Qwen3-0.6B --sample_only
           python part7_released/v11c_llama_weights.py --export out/my_llama

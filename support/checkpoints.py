@@ -11,6 +11,7 @@ import torch
 from data.files import replace_file
 from data.flags import InputError
 
+COURSE = Path(__file__).parent.parent
 # What a checkpoint holds, by name and type.
 CONTENTS = {
     "folder": str, "script": str, "config": dict, "tokenizer": str, "characters": str,
@@ -104,19 +105,26 @@ def check_contents(state: dict) -> None:
                 raise ValueError(f"its log has {entry}")
 
 
+def from_here(path: Path) -> Path:
+    """A path as it may be typed in the current folder: short, if it is below that."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def script_path(script: str) -> Path:
-    """Where a script of the course is, seen from the current folder if it is below that."""
-    here, course = Path.cwd(), Path(__file__).parent.parent
-    for path in [*course.glob("*.py"), *course.glob("part*/*.py")]:
+    """The path of a script of the course, as it may be typed; for another script, its name."""
+    for path in [*COURSE.glob("*.py"), *COURSE.glob("part*/*.py")]:
         if path.stem == script:
-            return path.relative_to(here) if path.is_relative_to(here) else path
+            return from_here(path)
     return Path(f"{script}.py")
 
 
 def writer_of(state: dict) -> str:
     """The script that wrote a checkpoint, in words."""
     path = script_path(state["script"])
-    return str(path) if path.exists() else f"{path} (docs/names.md has the new name)"
+    if path.exists():
+        return str(path)
+    return f"{path} (its new name is in {from_here(COURSE / 'docs' / 'names.md')})"
 
 
 def load_weights(model: torch.nn.Module, state: dict) -> None:

@@ -1,12 +1,12 @@
-"""Models in the folders of transformers: download them, read their weights, and write such folders.
+"""Models as transformers stores them: download them, read their weights, export others like them.
 
-A folder has config.json with the settings, model.safetensors with the weights (or several such
-files) and, for most models, tokenizer.json.
+A model is a folder. It has config.json with the settings, model.safetensors with the weights (or
+several such files) and, for most models, tokenizer.json.
 """
 
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,9 +20,9 @@ from data.flags import NO_LIMIT, InputError
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = [*DTYPES.values(), torch.float64]
 NUMBER = "[0-9]" * 5
-PARTS = f"model-{NUMBER}-of-{NUMBER}.safetensors"  # the files of a model too large for one
+PARTS = f"model-{NUMBER}-of-{NUMBER}.safetensors"  # such as model-00001-of-00003.safetensors
 HEAD = "lm_head.weight"
-# Entries of weight files that aren't weights: masks, numbers of positions, frequencies.
+# Entries of weight files that aren't weights: masks, position ids, frequencies of rotations.
 BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq")
 
 
@@ -32,8 +32,8 @@ def download(
     """Return the folder with a model's files and weights, from the Hugging Face hub or its cache.
 
     The hub's own client downloads what isn't in its cache yet. With HF_HUB_OFFLINE=1, or without a
-    network, the cache has to do. Raises InputError, naming --init_from, if one of the files or the
-    weights can't be had; the optional ones may be missing.
+    network, it takes everything from the cache. Raises InputError, naming --init_from, if one of
+    the files or the weights can't be had; the optional files may be missing.
     """
     from huggingface_hub import logging, snapshot_download  # here: they take long to import
 
@@ -42,12 +42,10 @@ def download(
     patterns = [*files, *optional, "model.safetensors", PARTS]
     try:
         folder = Path(snapshot_download(repository, allow_patterns=patterns))
-        for file in files:
+        needed = files if any(folder.glob(PARTS)) else [*files, "model.safetensors"]
+        for file in needed:
             if not (folder / file).exists():
                 raise FileNotFoundError(f"{file} is neither there nor in the cache")
-        weight_paths(folder)  # refuses a repository without any
-    except InputError:
-        raise
     except Exception as error:  # no network, a licence that isn't accepted, a full disk, ...
         message = str(error).strip() or type(error).__name__
         why = message.splitlines()[0]
@@ -109,7 +107,7 @@ def weight_paths(folder: Path) -> list[Path]:
     paths = sorted(folder.glob(PARTS))
     if not paths:
         raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
-    n = int(paths[0].stem.rpartition("-")[2])
+    n = int(paths[0].stem.rpartition("-")[2])  # each name ends with how many there are
     if len(paths) != n:
         raise InputError(f"--init_from {folder}: it has {len(paths)} of the {n} weight files")
     return paths
@@ -134,10 +132,12 @@ def read_weights(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the names and weights in a folder, one by one, in the order of expected.
 
-    expected: tensors with the names and shapes that the folder must have; they may be on the meta
-    device. embedding: the name of the token embedding. If expected has no output layer, the folder
-    may have one that equals it. padded: the names of weights that may have more rows than expected,
-    which are left out. Raises InputError if the weights don't fit, or if they are damaged.
+    expected: tensors with the names and shapes that the weights must have, on any device.
+    embedding: the name of the token embedding. A model that uses it as its output layer, too, has
+    no lm_head.weight of its own; the folder may still have one, if the two are equal.
+    padded: the names of weights that may have more rows than expected, which are left out.
+
+    Raises InputError if the weights don't fit, or if they are damaged.
     """
     files = weight_files(folder)
     stored = {name.removeprefix("transformer."): name for name in files}
@@ -159,7 +159,7 @@ def read_weights(
         yield name, weight
 
 
-def check_names(expected: Sequence[str], stored: Sequence[str], folder: Path) -> None:
+def check_names(expected: Iterable[str], stored: Iterable[str], folder: Path) -> None:
     """Raise InputError if a folder lacks weights, or has others."""
     problems = []
     missing = [name for name in expected if name not in stored]
@@ -182,8 +182,8 @@ def listed(names: list[str]) -> str:
 def read_weight(path: Path, name: str) -> torch.Tensor:
     """Return one weight in a file; raises InputError if it is damaged.
 
-    The file is opened for each weight anew: what has been read of an open file counts as this
-    program's memory, so in the end that would hold all weights twice.
+    The file is opened anew for each weight, because the part of an open file that has been read
+    stays in this program's memory: all weights would end up there, beside those of the model.
     """
     from safetensors import safe_open  # here, because only v8d and v11c need it
 
@@ -200,7 +200,7 @@ def read_weight(path: Path, name: str) -> torch.Tensor:
 
 def check_numbers(weight: torch.Tensor, where: str) -> None:
     """Raise InputError, saying where, if a weight has numbers that float32 can't hold."""
-    lowest, highest = weight.aminmax()  # NaN, if there is any
+    lowest, highest = weight.aminmax()  # both are NaN if any number is
     if not (lowest.float().isfinite() and highest.float().isfinite()):
         raise InputError(f"--init_from {where} has numbers that aren't finite")
 
@@ -209,7 +209,7 @@ def check_numbers(weight: torch.Tensor, where: str) -> None:
 
 
 def check_export(export: str) -> None:
-    """Make the folder for --export, or do nothing if that is "".
+    """Make the folder for --export; without one (""), there is nothing to do.
 
     Raises InputError if a model is in the folder already, or if it can't be written.
     """
@@ -239,10 +239,11 @@ def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Ten
     contiguous = {name: weight.contiguous().cpu() for name, weight in weights.items()}
     unfinished = folder / "model.safetensors.unfinished"
     try:
+        # safetensors makes files that only their owner can read, so note what is usual here.
         unfinished.touch()
         mode = unfinished.stat().st_mode
         save_file(contiguous, unfinished, {"format": "pt"})
-        unfinished.chmod(mode)  # safetensors makes a file that only its owner can read
+        unfinished.chmod(mode)
         for name, text in texts.items():
             write_text(folder / name, text)
         unfinished.replace(folder / "model.safetensors")

@@ -11,6 +11,7 @@ from conftest import refused, tiny_flags
 import bigram
 import data
 from data import flags, setting
+from lab.ladder import SCRIPTS, load
 
 
 @dataclasses.dataclass
@@ -195,6 +196,19 @@ def test_help_shows_the_lesson_and_the_defaults_in_force(monkeypatch, capsys):
     assert "--kind {one,two} a kind (default: 'one')" in text
     assert "--switch, --no-switch a switch (default: False; on a GPU: True)" in text
     assert "--device str a device (default: 'cpu')" in text
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_shows_its_lesson_and_its_settings(script, capsys):
+    module = load(script)
+    with pytest.raises(SystemExit) as stop:
+        module.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.startswith(module.__doc__.splitlines()[0])
+    for field in dataclasses.fields(module.Config):
+        assert f"\n  --{field.name}" in text
+        assert " ".join(field.metadata["text"].split()[:2]) in " ".join(text.split())
 
 
 def test_help_on_a_machine_with_a_gpu(monkeypatch, capsys):

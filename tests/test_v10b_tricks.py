@@ -26,7 +26,7 @@ def inputs_of_the_first_block(model, idx):
 # ---- the model
 
 
-def test_without_its_switches_it_computes_what_v9e_computes():
+def test_without_its_switches_it_computes_what_v10a_computes():
     ours, theirs = build(v10b, **ALL_OFF), build(v10a)
     assert list(ours.state_dict()) == list(theirs.state_dict())
     ours.load_state_dict(theirs.state_dict())

@@ -459,7 +459,9 @@ def damage(folder, what):
     if what == "weights of a script that was renamed":
         weights = {f"x.{name}": tensor for name, tensor in state["model"].items()}
         edit(path, model=weights, script="v8a_bpe")
-        return "written by v8a_bpe.py (docs/names.md has the new name), whose model has other "
+        names = ROOT / "docs" / "names.md"
+        where = names.relative_to(Path.cwd()) if names.is_relative_to(Path.cwd()) else names
+        return f"written by v8a_bpe.py (its new name is in {where}), whose model has other weights"
     if what == "other sizes":
         edit(path, config=state["config"] | {"n_layer": 1})
         return "damaged: its weights don't fit its settings"
