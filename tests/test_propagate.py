@@ -175,7 +175,7 @@ def test_what_can_not_be_carried(root, capsys, tmp_path_factory):
     assert "v99: not a script here; give its name (first, second, third, other)" in refused(capsys, "v99")
     assert "v99" in refused(capsys, "first", "--skip", "v99")
     elsewhere = tmp_path_factory.mktemp("elsewhere") / "first.py"
-    assert "not a script of the course" in refused(capsys, str(elsewhere))
+    assert "not a script here; give its name" in refused(capsys, str(elsewhere))
     assert "the following arguments are required" in refused(capsys)
 
 
