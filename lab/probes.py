@@ -36,13 +36,13 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts are one folder up
 
-import matplotlib
 import numpy as np
 import torch
 from torch import nn
@@ -55,9 +55,6 @@ from data import setting
 from lab.ablation import remove_layer_norm, remove_residuals
 from lab.bench import names_in
 from lab.ladder import load, read, write
-
-matplotlib.use("agg")  # a file, no window
-from matplotlib import pyplot as plt
 
 SOLVED = 0.99  # the accuracy from which on a run counts as solved
 IGNORED = -100  # cross_entropy leaves out targets with this value, so they aren't scored
@@ -516,6 +513,11 @@ def measures_table(runs: list[Run]) -> list[str]:
 
 def draw(runs: list[Run], path: Path) -> None:
     """Draw the losses of all runs, the floors, and the attention maps of the best run with maps."""
+    import matplotlib  # here, because the results can be read without a picture
+
+    matplotlib.use("agg")  # a file, no window
+    from matplotlib import pyplot as plt
+
     rows = rows_of(runs)
     tasks = list(dict.fromkeys(cell.task for cell, _, _ in rows))
     n_rows = [sum(cell.task == task for cell, _, _ in rows) for task in tasks]
@@ -535,7 +537,7 @@ def draw(runs: list[Run], path: Path) -> None:
     plt.close(figure)
 
 
-def draw_task(panel: plt.Axes, task: str, rows: list[tuple[Cell, int, list[Run]]]) -> None:
+def draw_task(panel: Any, task: str, rows: list[tuple[Cell, int, list[Run]]]) -> None:
     """Draw a line for each row: a dot for the loss of each run, a bar for the floor."""
     for height, (cell, i, runs) in enumerate(rows):
         for r in runs:
@@ -611,7 +613,11 @@ def main(argv: list[str] | None = None) -> None:
         runs = run_all(cells, cfg)
         results = table(runs, cfg)
         write({page: page_with(results, read(page))})
-        draw(runs, picture)
+        if find_spec("matplotlib"):
+            draw(runs, picture)
+        else:
+            why = "pip install -r requirements-dev.txt brings matplotlib"
+            print(f"notice: no picture without matplotlib; {why}", file=sys.stderr)
         print(results)
 
 
