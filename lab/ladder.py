@@ -151,7 +151,7 @@ def update_counts(readme: str) -> str:
     """
     for parent, child in PAIRS:
         link = re.escape(f"[{child}.py]({path_of(child).as_posix()})")
-        row = re.compile(rf"^(\| {link} \| [^|]+ \| )\d+ \|", re.MULTILINE)
+        row = re.compile(rf"^(\| {link} \| \w+ \| [^|]+ \| )\d+ \|", re.MULTILINE)
         readme, count = row.subn(rf"\g<1>{changed_lines(parent, child)} |", readme)
         if count != 1:
             raise data.InputError(f"README.md: {child}.py needs one row in the table of the course")

@@ -91,7 +91,7 @@ def checksum(script: str) -> str:
 
 def ideas() -> dict[str, str]:
     """The idea of each script in a few words, from the table in README.md."""
-    row = r"^\| \[(\w+)\.py\]\([\w/]*\1\.py\) \| ([^|]+) \|"
+    row = r"^\| \[(\w+)\.py\]\([\w/]*\1\.py\) \| [\w–]+ \| ([^|]+) \|"
     return dict(re.findall(row, read(ROOT / "README.md"), flags=re.MULTILINE))
 
 

@@ -17,10 +17,11 @@ DOCS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 LESSONS = {script: ast.get_docstring(ast.parse(source(script))) for script in SCRIPTS}
 COMMAND = re.compile(r"^.*?\bpython ((?:\w+/)?\w+\.py[^\n`]*)", re.MULTILINE)
 COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values()]))))
-ROW = re.compile(
-    r"^\| \[(\w+)\.py\]\([\w/]*\1\.py\) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \|$", re.MULTILINE
-)  # script, idea, changed lines, loss
-COURSE = {script: (idea, lines, float(loss)) for script, idea, lines, loss in ROW.findall(README)}
+LINK = r"\[(\w+)\.py\]\([\w/]*\1\.py\)"
+ROW = re.compile(  # script, parent, idea, changed lines, loss, minutes
+    rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \| [\d.]+ \|$", re.MULTILINE
+)
+COURSE = {row[0]: (row[2], row[3], float(row[4])) for row in ROW.findall(README)}
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -66,11 +67,13 @@ def test_every_page_and_picture_is_linked():
 
 
 def test_the_readme_is_for_the_first_five_minutes():
-    assert len(README.splitlines()) <= 200
+    assert len(README.splitlines()) <= 150
 
 
 def test_the_course_is_in_one_table():
     assert list(COURSE) == SCRIPTS
+    for script, parent, *_ in ROW.findall(README):
+        assert parent == (PARENTS[script].partition("_")[0] if PARENTS[script] else "–")
     for idea, _, _ in COURSE.values():
         assert len(idea.split()) < 10
 
