@@ -13,8 +13,8 @@ The model learns from windows of text. The target at each position is the charac
 Training lowers the cross-entropy, the mean of -ln p(target), in nats (units of the natural
 logarithm). Guessing uniformly scores ln(V), which is ln(65) = 4.17 for Shakespeare.
 
-New here: the code around the model, which later scripts keep: the training and validation split,
-          random batches, AdamW, loss estimates and sampling.
+New here: the code around the model, which later scripts keep: AdamW, loss estimates and sampling.
+          Read data/__init__.py first: token ids, the two splits of a text, and random batches.
 Run it:   python bigram.py
           python bigram.py --prompt "ROMEO:" --max_new_tokens 200
 Expect:   a validation loss of about 2.50 with the CPU defaults. Counting the character pairs of
