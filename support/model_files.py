@@ -5,8 +5,12 @@ several such files) and, for most models, tokenizer.json.
 """
 
 import json
+import re
+import signal
 import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -19,8 +23,7 @@ from data.flags import NO_LIMIT, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = [*DTYPES.values(), torch.float64]
-NUMBER = "[0-9]" * 5
-PARTS = f"model-{NUMBER}-of-{NUMBER}.safetensors"  # such as model-00001-of-00003.safetensors
+PART = re.compile(r"model-\d+-of-(\d+)\.safetensors")  # of a model too large for one file
 HEAD = "lm_head.weight"
 # Entries of weight files that aren't weights: masks, position ids, frequencies of rotations.
 BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq")
@@ -39,19 +42,38 @@ def download(
 
     logging.set_verbosity_error()  # or each retry without a network prints a warning
     print(f"looking for {name} in the cache and on the Hugging Face hub", file=sys.stderr)
-    patterns = [*files, *optional, "model.safetensors", PARTS]
+    patterns = [*files, *optional, "model.safetensors", "model-*-of-*.safetensors"]
     try:
-        folder = Path(snapshot_download(repository, allow_patterns=patterns))
-        needed = files if any(folder.glob(PARTS)) else [*files, "model.safetensors"]
-        for file in needed:
-            if not (folder / file).exists():
-                raise FileNotFoundError(f"{file} is neither there nor in the cache")
+        with ended_by_signals():
+            folder = Path(snapshot_download(repository, allow_patterns=patterns))
+        missing = [file for file in files if not (folder / file).exists()]
+        if missing:
+            raise FileNotFoundError(f"{missing[0]} is neither there nor in the cache")
+        if lacks_weights(folder):
+            raise FileNotFoundError(f"{lacks_weights(folder)} there or in the cache")
     except Exception as error:  # no network, a licence that isn't accepted, a full disk, ...
         message = str(error).strip() or type(error).__name__
         why = message.splitlines()[0]
         remedy = "check the name and the network, or name a folder with the model's files"
         raise InputError(f"--init_from {name}: can't download it ({why}); {remedy}") from None
     return folder
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """While the block runs, Ctrl-C and SIGTERM end the program at once.
+
+    By Python's own handlers, it would first wait for its threads, and so for all of a download.
+    """
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if threading.current_thread() is not threading.main_thread():  # no other may handle signals
+        numbers = []
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 # ---- settings
@@ -97,26 +119,30 @@ def read_characters(config: dict[str, Any], path: Path) -> str:
 
 
 def weight_paths(folder: Path) -> list[Path]:
-    """The weight files in a folder: model.safetensors or, without that, its numbered parts.
-
-    Raises InputError if there are none, or if one of the parts is missing.
-    """
+    """The weight files in a folder: model.safetensors or, without that, its numbered parts."""
     single = folder / "model.safetensors"
     if single.exists():
         return [single]
-    paths = sorted(folder.glob(PARTS))
+    return sorted(path for path in folder.glob("model-*.safetensors") if PART.fullmatch(path.name))
+
+
+def lacks_weights(folder: Path) -> str:
+    """What is missing of a folder's weight files, in words, or "" if they are all there."""
+    paths = weight_paths(folder)
     if not paths:
-        raise InputError(f"--init_from {folder}: it has no model.safetensors; name another folder")
-    n = int(paths[0].stem.rpartition("-")[2])  # each name ends with how many there are
-    if len(paths) != n:
-        raise InputError(f"--init_from {folder}: it has {len(paths)} of the {n} weight files")
-    return paths
+        return "no model.safetensors"
+    part = PART.fullmatch(paths[0].name)
+    if part and len(paths) != int(part[1]):  # each name ends with how many there are
+        return f"only {len(paths)} of the {int(part[1])} weight files"
+    return ""
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
     """Return the file that has each weight; raises InputError if one can't be read."""
     from safetensors import safe_open  # here, because only v8d and v11c need it
 
+    if lacks_weights(folder):
+        raise InputError(f"--init_from {folder}: {lacks_weights(folder)}; name another folder")
     files = {}
     for path in weight_paths(folder):
         try:

@@ -136,7 +136,9 @@ def running(run: dict) -> Iterator[None]:
         if received:  # too late for the run to notice
             raise KeyboardInterrupt
     except KeyboardInterrupt:
-        command = f'python "{script_path(run["script"])}" --resume --out_dir "{folder}"'
+        typed = Path(sys.argv[0])  # not so in a notebook, for example
+        script = typed if typed.stem == run["script"] else script_path(run["script"])
+        command = f'python "{script}" --resume --out_dir "{folder}"'
         print(f"stopped and saved; to continue: {command}", file=sys.stderr)
         if received[:1] == [signal.SIGTERM]:
             raise Terminated from None

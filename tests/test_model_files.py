@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import time
@@ -173,7 +174,7 @@ def test_a_repository_without_safetensors_is_one_line(tmp_path, monkeypatch, no_
     with running_hub(SETTINGS) as server:
         use_hub(server, tmp_path, monkeypatch)
         line = refused_input(download)
-    assert "(model.safetensors is neither there nor in the cache)" in line
+    assert "(no model.safetensors there or in the cache)" in line
     assert sorted(server.sent) == sorted(SETTINGS)
 
 
@@ -218,6 +219,34 @@ def test_an_empty_cache_without_a_network_is_one_line(tmp_path, monkeypatch):
     snapshot_download = functools.partial(REAL_DOWNLOAD, cache_dir=tmp_path)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     assert refused_input(download).startswith("--init_from model: can't download it (")
+
+
+def test_half_a_cache_without_a_network_is_one_line(tmp_path, monkeypatch):
+    """As after a download by another program that was stopped."""
+    for name in ("config.json", "tokenizer.json", "model-00001-of-00002.safetensors"):
+        (tmp_path / name).touch()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: tmp_path)
+    line = refused_input(download)
+    why = "only 1 of the 2 weight files there or in the cache"
+    assert line.startswith(f"--init_from model: can't download it ({why}); check the name and ")
+
+
+@pytest.mark.parametrize("error", [None, OSError()])
+def test_signals_end_a_download_at_once(tmp_path, monkeypatch, error):
+    """The client of the hub downloads in threads, for which Python's own handlers would wait."""
+    during = []
+
+    def snapshot_download(*_, **__):
+        during.extend(signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM))
+        if error is not None:
+            raise error
+        return tmp_path
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    refused_input(download)
+    assert during == [signal.SIG_DFL, signal.SIG_DFL] != before
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ConnectionError()])
@@ -284,6 +313,15 @@ def test_numbers_too_large_for_float32_are_refused(tmp_path):
     stored = own | {"model.norm.weight": torch.full((3,), 1e300, dtype=torch.float64)}
     save_file(stored, tmp_path / "model.safetensors")
     assert "model.norm.weight has numbers that aren't finite" in refused_input(read, tmp_path, own)
+
+
+def test_parts_may_be_numbered_with_any_number_of_digits(tmp_path):
+    rest = make_weights()
+    first = {EMBEDDING: rest.pop(EMBEDDING)}
+    save_file(first, tmp_path / "model-00001-of-000002.safetensors")
+    save_file(rest, tmp_path / "model-00002-of-000002.safetensors")
+    save_file(rest, tmp_path / "model-of-another.safetensors")
+    assert_equal(read(tmp_path, make_weights()), make_weights())
 
 
 def test_one_file_comes_before_shards(tmp_path):
@@ -416,9 +454,9 @@ def test_damaged_weights_are_refused(tmp_path, file, damage):
         path.mkdir()
     line = refused_input(read, tmp_path, make_weights())
     if damage == "missing" and file == "model.safetensors":
-        assert line == f"--init_from {tmp_path}: it has no model.safetensors; name another folder"
+        assert line == f"--init_from {tmp_path}: no model.safetensors; name another folder"
     elif damage == "missing":
-        assert line == f"--init_from {tmp_path}: it has 1 of the 2 weight files"
+        assert line == f"--init_from {tmp_path}: only 1 of the 2 weight files; name another folder"
     else:
         assert line.startswith(f"--init_from {path}: can't read it (")
         assert not line.endswith("()")

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import signal
+import sys
 import threading
 from pathlib import Path
 
@@ -128,6 +129,15 @@ def test_a_signal_is_noted_once_and_then_ends_the_program(tmp_path, capsys, numb
     command = f'python "part2_training/v6d_checkpoints.py" --resume --out_dir "{tmp_path}"'
     lines = ["stopping after this step", f"stopped and saved; to continue: {command}"]
     assert capsys.readouterr().err.splitlines() == [f"folder: {tmp_path}", *lines]
+
+
+def test_the_command_to_continue_is_the_one_that_was_typed(tmp_path, capsys, monkeypatch):
+    """A copy of a script, perhaps in another copy of the course, continues itself."""
+    monkeypatch.setattr(sys, "argv", ["copies/v6d_checkpoints.py", "--device", "cpu"])
+    with pytest.raises(KeyboardInterrupt), runs.running(run_in(tmp_path)):
+        raise KeyboardInterrupt
+    script = Path("copies", "v6d_checkpoints.py")
+    assert f'to continue: python "{script}" --resume --out_dir ' in capsys.readouterr().err
 
 
 def test_the_handlers_are_those_from_before_the_run(tmp_path):
