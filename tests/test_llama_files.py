@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import refused_input as refused
 from safetensors.torch import load_file, save_file
-from test_model_files import assert_equal, save_shards
+from test_model_files import EMBEDDING, assert_equal, make_weights, save_shards
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from support import llama_files, model_files
@@ -26,17 +26,6 @@ LLAMA3 = {
     "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 2.0, "high_freq_factor": 5,
     "original_max_position_embeddings": 32,
 }  # fmt: skip
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-def make_weights() -> dict[str, torch.Tensor]:
-    """Some of the weights of a model, with the names and shapes of the files."""
-    torch.manual_seed(1)
-    shapes = {
-        EMBEDDING: (7, 3), "model.layers.0.self_attn.q_proj.weight": (6, 3),
-        "model.layers.0.mlp.gate_proj.weight": (5, 3), "model.norm.weight": (3,),
-    }  # fmt: skip
-    return {name: torch.randn(shape) for name, shape in shapes.items()}
 
 
 def write_json(path: Path, content) -> Path:
