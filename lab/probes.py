@@ -600,20 +600,22 @@ def main(argv: list[str] | None = None) -> None:
         cfg = data.read_flags(Config, __doc__, argv)
         cells = choose_cells(cfg)
         page, picture = Path(cfg.out) / "probes.md", Path(cfg.out) / "probes.png"
+        can_draw = find_spec("matplotlib") is not None
         try:
             page.parent.mkdir(parents=True, exist_ok=True)
             if not page.exists():
                 page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
             page_with("", read(page))  # has the page both marks?
-            for path in (page, picture):
-                path.open("ab").close()  # finds out now whether the results can be written later
+            page.open("ab").close()  # finds out now whether the results can be written later
+            if can_draw:
+                picture.open("ab").close()
         except OSError as error:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
 
         runs = run_all(cells, cfg)
         results = table(runs, cfg)
         write({page: page_with(results, read(page))})
-        if find_spec("matplotlib"):
+        if can_draw:
             draw(runs, picture)
         else:
             why = "pip install -r requirements-dev.txt brings matplotlib"
