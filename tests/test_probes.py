@@ -242,6 +242,16 @@ def test_a_run_replaces_what_is_between_the_marks(tmp_path, capsys):
     assert picture[..., :3].std() > 0.05
 
 
+def test_without_matplotlib_there_is_a_table_and_no_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(probes, "find_spec", lambda name: None)
+    flags = ["--task", "order", "--rungs", "v2_single_head", "--seeds", "1", "--max_iters", "1"]
+    probes.main([*flags, "--processes", "1", "--device", "cpu", "--out", str(tmp_path)])
+    out, err = capsys.readouterr()
+    assert "| order | `v2_single_head` |" in out
+    assert "notice: no picture without matplotlib; " in err
+    assert [path.name for path in tmp_path.iterdir()] == ["probes.md"]
+
+
 def test_the_table_has_means_and_counts():
     index = cell("xor", "v2_single_head")
     runs = [probes.Run(index, s, [0.5 - 0.1 * s], [0.75 + 0.25 * s], {}, []) for s in range(2)]
