@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import data
 
 torch.set_num_threads(1)  # for tensors this small, a second thread only costs time
 os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests start
+
+# In the background of a shell, Ctrl-C is ignored, and so it would be in the programs that tests
+# start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 OUT = tempfile.TemporaryDirectory()
 
@@ -39,7 +44,7 @@ VOCAB_SIZE = len(set(TEXT))
 def tiny(script, **changes):
     """The tiny Config of a script; settings that it lacks are left out."""
     names = {field.name for field in dataclasses.fields(script.Config)}
-    values = TINY | {"dropout": 0.0} | changes
+    values = TINY | {"dropout": 0.0, "compile": False} | changes
     return script.Config(**{name: value for name, value in values.items() if name in names})
 
 

@@ -6,6 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from conftest import build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -178,9 +179,9 @@ def test_batches_for_a_gpu_come_from_pinned_memory(splits, monkeypatch, device, 
 
 
 def test_compiling_needs_a_compiler(corpus, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (str(tmp_path / "no-compiler"),))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
-    line = refused(v6b, capsys, *tiny_flags(v6b), "--data", corpus, "--compile")
+    with torch._inductor.config.patch({"cpp.cxx": (str(tmp_path / "no-compiler"),)}):
+        line = refused(v6b, capsys, *tiny_flags(v6b), "--data", corpus, "--compile")
     assert line.startswith("error: --compile: ")
     assert line.endswith("; use --no-compile")
 
