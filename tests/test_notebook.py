@@ -1,11 +1,13 @@
 """The scripts in a real notebook kernel."""
 
-import nbformat
 import pytest
 from conftest import TEXT, tiny_flags
-from nbclient import NotebookClient
 
 from lab.ladder import ROOT, load
+
+pytest.importorskip("ipykernel")
+nbclient = pytest.importorskip("nbclient")
+nbformat = pytest.importorskip("nbformat")
 
 
 @pytest.fixture(scope="module")
@@ -18,7 +20,7 @@ def outputs(tmp_path_factory) -> list[str]:
     cells = [f"import v5_gpt; v5_gpt.{call}" for call in calls]
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in cells])
     resources = {"metadata": {"path": str(ROOT)}}
-    NotebookClient(notebook, timeout=100, allow_errors=True, resources=resources).execute()
+    nbclient.NotebookClient(notebook, timeout=100, allow_errors=True, resources=resources).execute()
     return ["".join(output.get("text", "") for output in cell.outputs) for cell in notebook.cells]
 
 
