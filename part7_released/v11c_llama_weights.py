@@ -515,21 +515,21 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         for ours, theirs in LLAMA_NAMES.items():
             name = name.replace(ours, theirs)
-        weights[name] = parameter.detach()
         if "query_key_value" in name:
             # The rows of ours are three matrices in the files, of the same sizes in every block.
             attention = model.blocks[0].attention
             sizes = [attention.query_size, attention.kv_size, attention.kv_size]
-            for part, rows in zip("qkv", weights.pop(name).split(sizes), strict=True):
+            for part, rows in zip("qkv", parameter.detach().split(sizes), strict=True):
                 weights[name.replace("attention.query_key_value", f"self_attn.{part}_proj")] = rows
+        else:
+            weights[name] = parameter.detach()
     return weights
 
 
 def load_released(folder: Path, cfg: Config, n_vocab: int, dtype: torch.dtype) -> LanguageModel:
     """Return a released model; raises data.InputError if its weights don't fit its settings."""
-    with torch.device("meta"):  # where tensors have a shape, but no numbers
-        model = LanguageModel(cfg, n_vocab).to(dtype)
-    model.to_empty(device="cpu")
+    with torch.device("meta"):  # where tensors have a shape and no numbers
+        model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
         model.lm_head.weight = model.token_embedding.weight
     own = released_weights(model)
