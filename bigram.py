@@ -51,11 +51,11 @@ class Config:
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
     eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=25, least=1)
-    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
-    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
-    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
-    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
+    data: str = setting("shakespeare, python, or a text file", "shakespeare")
+    prompt: str = setting("text that the sample starts with", "\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", 500)
 
 
 class LanguageModel(nn.Module):

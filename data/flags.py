@@ -70,16 +70,19 @@ NO_LIMIT = 2**31  # larger sizes and counts would only overflow later
 
 
 def setting(
-    text: str, *, gpu: Any, cpu: Any, least: float = 0, below: float = NO_LIMIT,
-    most: float = NO_LIMIT, choices: list[str] | None = None,
+    text: str, default: Any = None, *, gpu: Any = None, cpu: Any = None, least: float = 0,
+    below: float = NO_LIMIT, most: float = NO_LIMIT, choices: list[str] | None = None,
 ) -> Any:
     """Declare a field of Config, which is also a command-line flag.
 
     text: what the setting means, for --help.
-    gpu, cpu: its default on a GPU (CUDA or MPS) and on the CPU.
+    default: its default; or, where they differ, gpu and cpu: that on a GPU (CUDA or MPS) and that
+    on the CPU.
     least, below, most: the range of a number, least <= number < below and number <= most.
     choices: the only values that a string may have.
     """
+    if default is not None:
+        gpu = cpu = default
     limits = {"least": least, "below": below, "most": most, "choices": choices}
     metadata = {"text": text, "cpu": cpu, **limits}
     return field(default=gpu, metadata=metadata)

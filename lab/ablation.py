@@ -38,11 +38,9 @@ VARIANTS += ["dropout 0.2", "small text", "small text with dropout 0.2"]
 class Config(v5_gpt.Config):
     """The settings of v5_gpt.py, and what to train."""
 
-    variants: str = setting(
-        "what to train, separated by commas", gpu=",".join(VARIANTS), cpu=",".join(VARIANTS)
-    )
-    seeds: int = setting("runs of each variant, with seeds from --seed on", gpu=3, cpu=3, least=1)
-    out: str = setting("folder for ablation.md", gpu="lab/out", cpu="lab/out")
+    variants: str = setting("what to train, separated by commas", ",".join(VARIANTS))
+    seeds: int = setting("runs of each variant, with seeds from --seed on", 3, least=1)
+    out: str = setting("folder for ablation.md", "lab/out")
 
 
 class BlockWithoutResiduals(v5_gpt.Block):

@@ -51,34 +51,22 @@ VOCAB_SIZE = 65  # as in Shakespeare
 class Config:
     """What to measure and how often. The models have the GPU defaults' shape on every device."""
 
-    batch_size: int = setting("windows in a batch", gpu=64, cpu=64, least=1)
-    block_size: int = setting(
-        "longest context, in tokens", gpu=256, cpu=256, least=2, below=20_000
-    )
-    n_embd: int = setting("width of the embeddings", gpu=384, cpu=384, least=1)
-    n_head: int = setting("attention heads in a layer", gpu=6, cpu=6, least=1)
-    n_kv_head: int = setting("key/value heads from v9d on", gpu=2, cpu=2, least=1)
-    n_layer: int = setting("number of blocks", gpu=6, cpu=6, least=1, below=1001)
-    dropout: float = setting("probability of dropping an activation", gpu=0.0, cpu=0.0, below=1)
-    dtype: str = setting(
-        "dtype from v6b on", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
-    )
-    compile: bool = setting(
-        "use torch.compile from v6b on", gpu=v6b_fast.Config.compile, cpu=False
-    )
+    batch_size: int = setting("windows in a batch", 64, least=1)
+    block_size: int = setting("longest context, in tokens", 256, least=2, below=20_000)
+    n_embd: int = setting("width of the embeddings", 384, least=1)
+    n_head: int = setting("attention heads in a layer", 6, least=1)
+    n_kv_head: int = setting("key/value heads from v9d on", 2, least=1)
+    n_layer: int = setting("number of blocks", 6, least=1, most=1000)
+    dropout: float = setting("probability of dropping an activation", 0.0, below=1)
+    dtype: str = setting("dtype from v6b on", "auto", choices=["auto", "float32", "bfloat16"])
+    compile: bool = setting("use torch.compile from v6b on", gpu=v6b_fast.Config.compile, cpu=False)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
-    models: str = setting(
-        "what to train, separated by commas", gpu=",".join(MODELS), cpu=",".join(MODELS)
-    )
-    writers: str = setting(
-        "what to generate with, separated by commas", gpu=",".join(WRITERS), cpu=",".join(WRITERS)
-    )
-    new_tokens: int = setting(
-        "tokens to generate; 0 fills the context", gpu=0, cpu=0, below=1_000_000
-    )
+    models: str = setting("what to train, separated by commas", ",".join(MODELS))
+    writers: str = setting("what to generate with, separated by commas", ",".join(WRITERS))
+    new_tokens: int = setting("tokens to generate; 0 fills the context", 0, below=1_000_000)
     rounds: int = setting("turns of each model", gpu=5, cpu=3, least=1)
     steps: int = setting("training steps in a turn, after one to warm up", gpu=50, cpu=2, least=1)
-    out: str = setting("folder for bench.md", gpu="lab/out", cpu="lab/out")
+    out: str = setting("folder for bench.md", "lab/out")
 
 
 @dataclass

@@ -44,11 +44,9 @@ ON_CHARACTERS = ",".join(name for name in SCRIPTS if part_of(name) != 4)
 class Config(v9d_gqa.Config):
     """The settings of v9d_gqa.py, and what to compare."""
 
-    scripts: str = setting(
-        "scripts to train, separated by commas", gpu=ON_CHARACTERS, cpu=ON_CHARACTERS
-    )
-    logs: str = setting("log.jsonl files to draw as well, separated by commas", gpu="", cpu="")
-    out: str = setting("folder for compare.md and compare.png", gpu="lab/out", cpu="lab/out")
+    scripts: str = setting("scripts to train, separated by commas", ON_CHARACTERS)
+    logs: str = setting("log.jsonl files to draw as well, separated by commas", "")
+    out: str = setting("folder for compare.md and compare.png", "lab/out")
 
 
 # The settings that are the same for all scripts. The others have each script's own defaults.

@@ -69,15 +69,15 @@ NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8b_gpt2_tokens", "v8c_gpt2", "
 class Config:
     """What to train, and where to write the page."""
 
-    scripts: str = setting("scripts to train, separated by commas", gpu=ALL, cpu=ALL)
-    data: str = setting("text to train on", gpu="shakespeare", cpu="shakespeare")
-    prompt: str = setting("text that the samples start with", gpu="ROMEO:", cpu="ROMEO:")
-    max_iters: int = setting("training steps, 0 for each script's own", gpu=0, cpu=0)
-    retrain: bool = setting("train even if there are results", gpu=False, cpu=False)
-    draft: bool = setting("train nothing, use the runs there are", gpu=False, cpu=False)
-    device: str = setting("always cpu, whose defaults train quickly", gpu="cpu", cpu="cpu")
-    runs: str = setting("folder for the results of runs", gpu="out/page", cpu="out/page")
-    out: str = setting("file to write", gpu="docs/index.html", cpu="docs/index.html")
+    scripts: str = setting("scripts to train, separated by commas", ALL)
+    data: str = setting("text to train on", "shakespeare")
+    prompt: str = setting("text that the samples start with", "ROMEO:")
+    max_iters: int = setting("training steps, 0 for each script's own", 0)
+    retrain: bool = setting("train even if there are results", False)
+    draft: bool = setting("train nothing, use the runs there are", False)
+    device: str = setting("always cpu, whose defaults train quickly", "cpu")
+    runs: str = setting("folder for the results of runs", "out/page")
+    out: str = setting("file to write", "docs/index.html")
 
 
 # The settings that are also the scripts' own. They only count if they aren't the default.

@@ -69,18 +69,14 @@ RUNGS += ["v7b_kv_cache", "v9b_rope"]
 class Config:
     """What to train, and how often."""
 
-    task: str = setting(
-        "tasks, separated by commas", gpu=",".join(TASK_NAMES), cpu=",".join(TASK_NAMES)
-    )
-    rungs: str = setting(
-        "scripts to train, separated by commas", gpu=",".join(RUNGS), cpu=",".join(RUNGS)
-    )
-    seeds: int = setting("runs of each model, with seeds from --seed on", gpu=5, cpu=5, least=1)
-    seed: int = setting("random seed", gpu=1337, cpu=1337)
-    max_iters: int = setting("training steps; 0: as many as the task needs", gpu=0, cpu=0)
-    processes: int = setting("runs at the same time; 0: one for each core", gpu=0, cpu=0, below=999)
+    task: str = setting("tasks, separated by commas", ",".join(TASK_NAMES))
+    rungs: str = setting("scripts to train, separated by commas", ",".join(RUNGS))
+    seeds: int = setting("runs of each model, with seeds from --seed on", 5, least=1)
+    seed: int = setting("random seed", 1337)
+    max_iters: int = setting("training steps; 0: as many as the task needs", 0)
+    processes: int = setting("runs at the same time; 0: one for each core", 0, below=999)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
-    out: str = setting("folder for probes.md and probes.png", gpu="lab/out", cpu="lab/out")
+    out: str = setting("folder for probes.md and probes.png", "lab/out")
 
 
 # ---- The tasks: each function returns windows and their targets, int64 (B, T) each

@@ -53,14 +53,10 @@ PROMPT_LENGTH = 16  # tokens
 class Config:
     """What to measure and how often."""
 
-    model: str = setting(
-        "whose sizes", gpu="smollm2-135m", cpu="smollm2-135m", choices=list(MODELS)
-    )
-    weights: str = setting(
-        "dtype of the file", gpu="float32", cpu="float32", choices=["float32", "bfloat16"]
-    )
-    max_new_tokens: int = setting("tokens to generate", gpu=50, cpu=50, least=1)
-    rounds: int = setting("turns of each program", gpu=3, cpu=3, least=1)
+    model: str = setting("whose sizes", "smollm2-135m", choices=list(MODELS))
+    weights: str = setting("dtype of the file", "float32", choices=["float32", "bfloat16"])
+    max_new_tokens: int = setting("tokens to generate", 50, least=1)
+    rounds: int = setting("turns of each program", 3, least=1)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
 
 

@@ -50,23 +50,21 @@ class Config:
     block_size: int = setting("longest context, in tokens", gpu=256, cpu=64, least=1)
     n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
-    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, below=1001)
+    n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
     eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
-    seed: int = setting("random seed", gpu=1337, cpu=1337)
+    seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
-    data: str = setting("shakespeare, python, or a text file", gpu="shakespeare", cpu="shakespeare")
-    prompt: str = setting("text that the sample starts with", gpu="\n", cpu="\n")
-    max_new_tokens: int = setting("tokens to generate after the prompt", gpu=500, cpu=500)
-    dtype: str = setting(
-        "dtype of matmuls", gpu="auto", cpu="auto", choices=["auto", "float32", "bfloat16"]
-    )
+    data: str = setting("shakespeare, python, or a text file", "shakespeare")
+    prompt: str = setting("text that the sample starts with", "\n")
+    max_new_tokens: int = setting("tokens to generate after the prompt", 500)
+    dtype: str = setting("dtype of matmuls", "auto", choices=["auto", "float32", "bfloat16"])
     compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
-    warmup_iters: int = setting("steps of linear warm-up", gpu=100, cpu=100)
+    warmup_iters: int = setting("steps of linear warm-up", 100)
 
 
 def choose_dtype(cfg: Config) -> torch.dtype:

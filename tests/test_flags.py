@@ -19,9 +19,9 @@ class Config:
     """One setting of each kind."""
 
     size: int = setting("a size", gpu=64, cpu=24, least=1)
-    rate: float = setting("a rate", gpu=0.5, cpu=0.5, below=1)
+    rate: float = setting("a rate", 0.5, below=1)
     name: str = setting("a name", gpu="g", cpu="c")
-    kind: str = setting("a kind", gpu="one", cpu="one", choices=["one", "two"])
+    kind: str = setting("a kind", "one", choices=["one", "two"])
     switch: bool = setting("a switch", gpu=True, cpu=False)
     device: str = setting("a device", gpu="cuda", cpu="cpu")
 
@@ -93,7 +93,7 @@ def test_values_that_are_refused(argv, said):
 def test_the_largest_value_may_itself_be_allowed():
     @dataclasses.dataclass
     class Share:
-        share: float = setting("a share", gpu=1.0, cpu=1.0, most=1)
+        share: float = setting("a share", 1.0, most=1)
         device: str = setting("a device", gpu="cuda", cpu="cpu")
 
     def read_share(value):
