@@ -9,7 +9,7 @@ with the same weights at every position:
 
 New here: FeedForward.
 Run it:   python v4_feedforward.py
-Probe:    python lab/probes.py --task add
+Probe:    python lab/probes.py --task add    # tasks that the parent can't solve
 Expect:   a validation loss of about 1.83 with the CPU defaults; v3_multi_head.py reaches 2.10.
 Diff:     git diff --no-index v3_multi_head.py v4_feedforward.py
 """
@@ -32,8 +32,9 @@ from data import setting
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -60,6 +61,8 @@ class Head(nn.Module):
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
+        # No biases, as in the paper. One on the keys would make no difference: it would add the
+        # same number to all scores of a query, and the softmax only looks at differences.
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
@@ -103,6 +106,7 @@ class MultiHeadAttention(nn.Module):
         head_size = cfg.n_embd // cfg.n_head
         # ModuleList registers the heads, so that the optimizer finds their weights.
         self.heads = nn.ModuleList([Head(cfg, head_size) for _ in range(cfg.n_head)])
+        # With a bias, as in GPT-2.
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -139,7 +143,7 @@ class LanguageModel(nn.Module):
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
@@ -175,7 +179,7 @@ class LanguageModel(nn.Module):
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # switches off dropout, which v5 introduces
+    model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
@@ -185,54 +189,61 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     return losses.mean().item()
 
 
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, cfg: Config
+) -> None:
+    """Move the weights a little, so that the loss on one random batch falls."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
+    _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    optimizer.step()
+
+
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
     Raises data.InputError if a loss is no longer finite.
     """
+    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
-    history = []
+    history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                history.append((step, train_loss, val_loss))
+                history[step] = (train_loss, val_loss)
                 tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
 
-            x, y = data.get_batch(  # (B, T) each
-                train_data, cfg.batch_size, cfg.block_size, cfg.device
-            )
-            _, loss = model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            optimizer.step()
+            train_step(model, optimizer, train_data, cfg)
             bar.update()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
+    with data.command_line():  # a user's mistake ends in one line of error
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
+        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"tokens: {sizes}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
 

@@ -5,22 +5,22 @@ Each block builds on what the blocks below it found:
     x = x + attention(LayerNorm(x))
     x = x + feed_forward(LayerNorm(x))
 
-Four ideas come with the stack. The losses below are those of training without one of them, with the
-CPU defaults (lab/ablation.py, three seeds); v5 itself ends at 1.68.
+Four ideas help such a stack to train. For each, the loss without it (CPU defaults, three seeds,
+lab/ablation.py); v5 itself ends at 1.68.
 
 - Residual connections: each part adds to x, which gives the gradient a direct path to every layer.
   Without them: 3.35. The model only learns how frequent each character is.
-- LayerNorm brings the vector of each position to mean 0 and variance 1 (and then applies a learned
-  scale and shift) before a part reads it, however large the sum in x has grown. Without it: 1.77.
+- LayerNorm brings a position's vector to mean 0 and variance 1, then applies a learned scale and
+  shift. It stands in front of each part, so x itself is never normalised. Without it: 1.77.
 - Small initial weights (standard deviation 0.02) keep the first logits near 0 and the first loss
-  near ln(V), at 4.18. With PyTorch's own, it starts at 4.36 and ends at 1.67: no gain at this size.
-- Dropout zeroes random activations in training and scales up the others, which keeps a large model
-  from memorising its text. On 100,000 characters: 2.69 without, 2.30 with dropout 0.2. On all
-  of Shakespeare, this small model ends higher with dropout 0.2: 1.80.
+  near ln(V), at 4.18. PyTorch's own initialisation starts at 4.36 but, at this size, ends as low.
+- Dropout zeroes random activations in training and scales up the others, so that a large model
+  doesn't memorise its text. On the CPU it is off: the model is small, and 0.2 would give 1.80.
+  With only 100,000 characters, it helps: 2.30 with 0.2, and 2.69 without.
 
-New here: Block, n_layer, ln_f, dropout, the initialisation.
+New here: Block, n_layer, norm_f, dropout, the initialisation.
 Run it:   python v5_gpt.py
-Probe:    python lab/probes.py --task two_hops,depth
+Probe:    python lab/probes.py --task two_hops,depth    # tasks that the parent can't solve
 Expect:   a validation loss of about 1.68 with the CPU defaults; v4_feedforward.py reaches 1.83.
 Diff:     git diff --no-index v4_feedforward.py v5_gpt.py
 """
@@ -43,8 +43,9 @@ from data import setting
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -73,6 +74,8 @@ class Head(nn.Module):
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
+        # No biases, as in the paper. One on the keys would make no difference: it would add the
+        # same number to all scores of a query, and the softmax only looks at differences.
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
@@ -118,6 +121,7 @@ class MultiHeadAttention(nn.Module):
         head_size = cfg.n_embd // cfg.n_head
         # ModuleList registers the heads, so that the optimizer finds their weights.
         self.heads = nn.ModuleList([Head(cfg, head_size) for _ in range(cfg.n_head)])
+        # With a bias, as in GPT-2.
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -146,21 +150,21 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -173,7 +177,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
@@ -184,7 +188,7 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
@@ -194,7 +198,7 @@ class LanguageModel(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         x = self.blocks(x)  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -221,7 +225,7 @@ class LanguageModel(nn.Module):
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # switches off dropout, which v5 introduces
+    model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
@@ -231,54 +235,61 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     return losses.mean().item()
 
 
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, cfg: Config
+) -> None:
+    """Move the weights a little, so that the loss on one random batch falls."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
+    _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    optimizer.step()
+
+
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
     Raises data.InputError if a loss is no longer finite.
     """
+    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
-    history = []
+    history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                history.append((step, train_loss, val_loss))
+                history[step] = (train_loss, val_loss)
                 tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
 
-            x, y = data.get_batch(  # (B, T) each
-                train_data, cfg.batch_size, cfg.block_size, cfg.device
-            )
-            _, loss = model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            optimizer.step()
+            train_step(model, optimizer, train_data, cfg)
             bar.update()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
+    with data.command_line():  # a user's mistake ends in one line of error
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
+        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"tokens: {sizes}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
 

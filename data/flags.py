@@ -1,9 +1,11 @@
 """Settings, command-line flags and error messages, the same in every script."""
 
 import argparse
+import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,30 +20,40 @@ class InputError(ValueError):
     """Something the user typed can't work. The message names it and says what to do."""
 
 
-class Terminated(KeyboardInterrupt):
-    """The system wants the program to end, as clusters do before they stop a machine."""
+class Stopped(KeyboardInterrupt):
+    """A signal ends the program: that of Ctrl-C, or SIGTERM, which stops programs on clusters."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
 
 
-def terminate(*_: Any) -> None:
-    """Handle the signal SIGTERM like Ctrl-C, so that what Ctrl-C saves is saved here too."""
-    raise Terminated
+def stop(number: int, _: Any) -> None:
+    """Handle a signal like Ctrl-C, so that what is cleaned up then is cleaned up here too."""
+    raise Stopped(number)
 
 
 @contextmanager
-def command_line() -> Iterator[None]:
-    """Run the block inside; report a user's mistake in one line and exit with status 2."""
+def command_line(torchrun: bool = False) -> Iterator[None]:
+    """Run the block inside; report a user's mistake in one line and exit with status 2.
+
+    torchrun: whether the program can be one of several that torchrun has started.
+    """
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     in_main_thread = threading.current_thread() is threading.main_thread()
     if in_main_thread:  # no other may handle signals
-        previous = signal.signal(signal.SIGTERM, terminate)
+        previous = signal.signal(signal.SIGTERM, stop)
     try:
+        if not torchrun:
+            refuse_torchrun()
         yield
-    except Terminated:
-        sys.exit(143)  # the status that shells expect after SIGTERM
+    except Stopped as error:
+        sys.exit(128 + error.number)  # the status that shells expect
     except KeyboardInterrupt:
-        sys.exit(130)  # the status that shells expect after Ctrl-C
+        why = "only v6d_checkpoints.py and the scripts after it save what they have trained"
+        print(f"stopped; {why}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:
         sys.exit(141)  # the status that shells expect when a reader such as head closes the pipe
     except InputError as error:
@@ -64,6 +76,16 @@ def exit_with_error(message: str) -> None:
     one_line = " ".join(message.split())
     print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
+
+
+def refuse_torchrun() -> None:
+    """Raise InputError if torchrun has started this program, which would do everything twice."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    if os.environ["RANK"] != "0":
+        time.sleep(60)  # torchrun ends this process when the first one, which reports it, has ended
+    why = "only v8e_distributed.py can share its work among processes"
+    raise InputError(f"torchrun: {why}; start this script with python")
 
 
 NO_LIMIT = 2**31  # larger sizes and counts would only overflow later

@@ -36,6 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import setting
+from lab.common import generate, has_old_loop, train, with_dtype
 from lab.ladder import SCRIPTS, load
 from part2_training import v6b_fast
 
@@ -143,16 +144,15 @@ def config_of(script: Any, cfg: Config) -> Any:
     """A script's Config with the shape and the number of steps to measure."""
     values = asdict(cfg) | {"max_iters": 1 + cfg.steps, "eval_interval": 10**9, "eval_iters": 1}
     known = {field.name for field in fields(script.Config)}
-    return script.Config(**{name: value for name, value in values.items() if name in known})
+    config = script.Config(**{name: value for name, value in values.items() if name in known})
+    return with_dtype(script, config)
 
 
 def take_turn(name: str, cfg: Config) -> Turn:
     """Train a new model for 1 + steps steps in this process, and time all but the first."""
     script = v6b_fast if name in REFERENCES else load(name)
     script_cfg = config_of(script, cfg)
-    make, train = script.LanguageModel, script.train
-    if name in REFERENCES:
-        make, train = Reference, train_reference
+    make = Reference if name in REFERENCES else script.LanguageModel
     if name == "transformers":
         script_cfg = replace(script_cfg, dtype="float32")
 
@@ -171,7 +171,10 @@ def take_turn(name: str, cfg: Config) -> Turn:
         times.append(time.perf_counter())
 
     hook = register_optimizer_step_post_hook(note_time)
-    train(model, train_data, val_data, script_cfg)
+    if name in REFERENCES:
+        train_reference(model, train_data, val_data, script_cfg)
+    else:
+        train(script, model, train_data, val_data, script_cfg)
     hook.remove()
     tokens = cfg.steps * cfg.batch_size * cfg.block_size
     tokens_per_second = tokens / (times[cfg.steps] - times[0])
@@ -229,15 +232,13 @@ def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
     config = config_of(script, cfg)
     model = make(config, VOCAB_SIZE).to(cfg.device).eval()
     dtype = "float32"
-    if hasattr(script, "KVCache"):  # these convert the weights before they generate
+    if has_old_loop(script) and name != "transformers":  # they convert the weights first
         dtype = dtype_of(script, config)
         model.to(getattr(torch, dtype))
-    if hasattr(script, "lay_out_for_rows"):
-        script.lay_out_for_rows(model)
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
-    model.generate(idx, min(8, cfg.block_size - 1))[0, 0].item()  # to warm up
+    generate(script, model, idx, min(8, cfg.block_size - 1), config)[0, 0].item()  # to warm up
     start = time.perf_counter()
-    model.generate(idx, count_new_tokens(cfg))[0, 0].item()  # which waits for the device
+    generate(script, model, idx, count_new_tokens(cfg), config)[0, 0].item()  # waits for the device
     speed = num_samples * count_new_tokens(cfg) / (time.perf_counter() - start)
     return speed, dtype
 

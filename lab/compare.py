@@ -30,7 +30,7 @@ from tqdm import tqdm
 import data
 from data import setting
 from data.flags import make_parser
-from lab.evaluate import whole_loss
+from lab.common import generate, train, whole_loss
 from lab.ladder import PARENTS, SCRIPTS, changed_lines, load, part_of
 from part5_modern import v9d_gqa
 
@@ -84,12 +84,12 @@ def train_script(
     torch.manual_seed(cfg.seed)
     model = script.LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
     start = time.perf_counter()
-    history = script.train(model, train_data, val_data, cfg)
+    history = train(script, model, train_data, val_data, cfg)
     seconds = time.perf_counter() - start
     model.eval()
     start_text = cfg.prompt if cfg.prompt else "\n"
     prompt = torch.tensor([tokenizer.encode(start_text)], device=cfg.device)  # (1, T)
-    sample = model.generate(prompt, cfg.max_new_tokens)  # (1, T + max_new_tokens)
+    sample = generate(script, model, prompt, cfg.max_new_tokens, cfg)  # (1, T + max_new_tokens)
     return Result(
         script=name,
         parameters=sum(p.numel() for p in model.parameters()),

@@ -367,7 +367,7 @@ def attention_weights(model: v5_gpt.LanguageModel, idx: torch.Tensor) -> list[to
     x = model.token_embedding(idx) + model.position_embedding(positions)  # (B, T, n_embd)
     layers = []
     for block in model.blocks:
-        normed = block.ln_1(x)  # (B, T, n_embd)
+        normed = block.norm_1(x)  # (B, T, n_embd)
         heads = []
         for head in block.attention.heads:
             query, key = head.query(normed), head.key(normed)  # (B, T, head_size) each

@@ -5,12 +5,13 @@ values of all heads, and a single call does the rest, for all heads at once:
 
     scaled_dot_product_attention = dropout(softmax(mask(query @ key^T / sqrt(head_size)))) @ value
 
-The function stays the same: with v5's weights, this model has v5's logits, loss and gradients.
-What changes is how they are computed. The fused kernel (Dao et al. 2022) goes through the T * T
-scores of a head piece by piece and never stores them all, so the memory for attention grows with T
-instead of T * T. It adds up numbers in another order, so the results agree except for rounding.
+With v5's weights, this model has v5's logits, loss and gradients. What changes is how they are
+computed. The call runs a single program, a fused kernel (Dao et al. 2022), which goes through the
+T * T scores of a head piece by piece and never stores them all, so the memory for attention grows
+with T instead of T * T. It adds up numbers in another order, so results agree except for rounding.
 
-On a CPU, the fused kernel has no dropout, so with dropout, attention needs T * T memory again.
+On a CPU, the fused kernel has no dropout. With dropout, PyTorch falls back on separate operations,
+which store all T * T scores again.
 The same seed gives other initial weights than v5's, because they are drawn as one matrix.
 
 New here: query_key_value and scaled_dot_product_attention, which replace Head.
@@ -37,8 +38,9 @@ from data import setting
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -71,6 +73,7 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         self.n_head = cfg.n_head
         self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        # With a bias, as in GPT-2.
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -82,7 +85,8 @@ class MultiHeadAttention(nn.Module):
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
-        # The call below is a function, so model.eval() doesn't switch off its dropout.
+        # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
+        # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
@@ -112,21 +116,21 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -139,7 +143,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
@@ -150,7 +154,7 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
@@ -160,7 +164,7 @@ class LanguageModel(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         x = self.blocks(x)  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -187,7 +191,7 @@ class LanguageModel(nn.Module):
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # switches off dropout, which v5 introduces
+    model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
@@ -197,54 +201,61 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     return losses.mean().item()
 
 
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, cfg: Config
+) -> None:
+    """Move the weights a little, so that the loss on one random batch falls."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
+    _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    optimizer.step()
+
+
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
     Raises data.InputError if a loss is no longer finite.
     """
+    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
-    history = []
+    history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                history.append((step, train_loss, val_loss))
+                history[step] = (train_loss, val_loss)
                 tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
             if step == cfg.max_iters:
                 break
 
-            x, y = data.get_batch(  # (B, T) each
-                train_data, cfg.batch_size, cfg.block_size, cfg.device
-            )
-            _, loss = model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            optimizer.step()
+            train_step(model, optimizer, train_data, cfg)
             bar.update()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
+    with data.command_line():  # a user's mistake ends in one line of error
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
+
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
+        sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
         print(f"tokens: {sizes}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
 

@@ -4,28 +4,29 @@ Nothing here changes what is computed, except for rounding:
 
 - Autocast runs matmuls in bfloat16, with 8 significant bits instead of float32's 24, where the
   hardware supports it (Kalamkar et al. 2019). They are several times faster, and their inputs and
-  outputs take half the memory. Weights, sums of residual connections and losses stay in float32,
-  because adding a small number to a large one in bfloat16 often changes nothing.
+  outputs take half the memory. The weights, the losses, and the x to which each part adds stay in
+  float32, because adding a small number to a large one in bfloat16 often changes nothing.
 - torch.compile fuses chains of small operations into single GPU kernels, so that less data travels
-  between the GPU's memory and its cores. On a CPU it brings nothing here, so it is off by default.
+  between the GPU's memory and its cores. It needs Triton on a GPU. On a CPU it is off by default.
 - fused=True makes one pass over the weights in each update, instead of one for each operation in
   AdamW's formula.
-- Batches are copied to a GPU from pinned memory, so that Python goes on instead of waiting.
 
 The log now shows tokens/s, not counting loss estimates and the first step, in which the model is
-compiled.
+compiled. Two functions of support/hardware.py also save time: to_device copies a batch to a GPU
+while Python goes on, and keep_freed_memory keeps memory in the program that would otherwise go back
+to the system, which fills it with zeros before it can be used again.
 
-New here: choose_dtype, autocast, get_batch, --dtype, --compile, fused=True, tokens/s in the log.
+New here: choose_dtype, autocast, --dtype, --compile, fused=True, tokens/s in the log.
 Run it:   python part2_training/v6b_fast.py
-Expect:   a validation loss of about 1.69 with the CPU defaults, and 1.68 in v6a_fused_attention.py:
-          two seeds differ by as much.
+Expect:   a validation loss of about 1.69 with the CPU defaults, where v6a has 1.68: another seed
+          makes such a difference, too. So small a model is hardly faster than in v6a.
 Diff:     git diff --no-index part2_training/v6a_fused_attention.py part2_training/v6b_fast.py
 """
 
 import math
 import sys
-import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -36,14 +37,16 @@ from tqdm import tqdm
 import data
 from data import setting
 from support import hardware
+from support.stopwatch import Stopwatch
 
 
 @dataclass
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -65,8 +68,8 @@ class Config:
     compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
 
 
-def choose_dtype(cfg: Config) -> torch.dtype:
-    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+def choose_dtype(cfg: Config) -> str:
+    """Return the dtype of matmuls, "float32" or "bfloat16"; auto means the faster of them.
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
@@ -74,17 +77,19 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
-    if cfg.dtype == "auto" and supported:
-        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-        return torch.float32 if is_narrow else torch.bfloat16
-    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not is_narrow:
+        return "bfloat16"
+    return "float32"
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
+    """A context in which matmuls run in cfg.dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
-    enabled = choose_dtype(cfg) == torch.bfloat16
+    enabled = cfg.dtype == "bfloat16"
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
 
@@ -101,6 +106,7 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         self.n_head = cfg.n_head
         self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        # With a bias, as in GPT-2.
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -112,7 +118,8 @@ class MultiHeadAttention(nn.Module):
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
-        # The call below is a function, so model.eval() doesn't switch off its dropout.
+        # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
+        # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=True
@@ -142,21 +149,21 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x))  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x))  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -169,7 +176,7 @@ class LanguageModel(nn.Module):
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
@@ -180,7 +187,7 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, idx: torch.Tensor, targets: torch.Tensor | None = None
+        self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
@@ -190,7 +197,7 @@ class LanguageModel(nn.Module):
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         x = self.blocks(x)  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -214,25 +221,13 @@ class LanguageModel(nn.Module):
         return idx
 
 
-def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
-    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
-    if cfg.device.startswith("cuda"):
-        # From pinned memory, the GPU fetches a contiguous tensor itself while Python goes on.
-        x = x.contiguous().pin_memory()  # (B, T)
-        y = y.contiguous().pin_memory()  # (B, T)
-    x = x.to(cfg.device, non_blocking=True)  # (B, T)
-    y = y.to(cfg.device, non_blocking=True)  # (B, T)
-    return x, y
-
-
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
     """Return the mean loss in nats over eval_iters random batches; a single one is noisy."""
-    model.eval()  # switches off dropout, which v5 introduces
+    model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
-        x, y = get_batch(tokens, cfg)  # (B, T) each
+        x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, cfg.device)  # (B, T) each
         with autocast(cfg):
             _, loss = model(x, y)  # ()
         losses[i] = loss.item()
@@ -240,77 +235,80 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     return losses.mean().item()
 
 
-def wait_for(device: str) -> None:
-    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
-    torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, cfg: Config
+) -> None:
+    """Move the weights a little, so that the loss on one random batch falls."""
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
+    with autocast(cfg):
+        _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    optimizer.step()
+
+
+def compile_model(model: LanguageModel, cfg: Config) -> Callable:
+    """Return the model or, with --compile, a faster version of it with the same weights."""
+    if not cfg.compile:
+        return model
+    hardware.check_compiler(cfg.device)
+    return torch.compile(model)
 
 
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
     Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
+    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, fused=True)
-    if cfg.compile:
-        hardware.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
-    history = []
-    warming_up = True
-    clock_step, clock_start = 0, time.perf_counter()
+    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    compiled_model = compile_model(model, cfg)
+    stopwatch = Stopwatch(cfg.device)
+    history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = 0.0  # tokens/s, unknown before the second step
-                if not warming_up and step > clock_step:
-                    wait_for(cfg.device)
-                    seconds = time.perf_counter() - clock_start
-                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
+                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                history.append((step, train_loss, val_loss))
-                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if speed > 0:
-                    report += f", {speed:,.0f} tokens/s"
-                tqdm.write(report)
+                history[step] = (train_loss, val_loss)
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                tqdm.write(f"step {step}: {losses}{speed}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
-                clock_step, clock_start = step, time.perf_counter()
+                stopwatch.start()
             if step == cfg.max_iters:
                 break
 
-            x, y = get_batch(train_data, cfg)  # (B, T) each
-            with autocast(cfg):
-                _, loss = compiled_model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            optimizer.step()
+            train_step(compiled_model, optimizer, train_data, cfg)
+            stopwatch.count(cfg.batch_size * cfg.block_size)
             bar.update()
-            if warming_up:  # the first step compiles the model, so the clock starts after it
-                wait_for(cfg.device)
-                clock_step, clock_start = step + 1, time.perf_counter()
-                warming_up = False
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
+    with data.command_line():  # a user's mistake ends in one line of error
         cfg = data.read_flags(Config, __doc__, argv)
+        cfg = replace(cfg, dtype=choose_dtype(cfg))
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(text)
-        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
+        print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
+
+        train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
         sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
-        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
         print(f"tokens: {sizes}", file=sys.stderr)
         train(model, train_data, val_data, cfg)
 

@@ -37,7 +37,8 @@ from tqdm import tqdm
 
 import data
 from data import setting, token_files
-from support import checkpoints, hardware, runs
+from support import hardware
+from support.old import checkpoints, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {

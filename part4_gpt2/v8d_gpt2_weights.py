@@ -34,7 +34,8 @@ from tqdm import tqdm
 
 import data
 from data import setting, token_files
-from support import checkpoints, gpt2_files, hardware, model_files, runs
+from support import gpt2_files, hardware, model_files
+from support.old import checkpoints, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 import data
 from data import setting, token_files
-from support import checkpoints, gpt2_files, hardware, model_files, processes, runs
+from support import gpt2_files, hardware, model_files, processes
+from support.old import checkpoints, runs
 
 # The settings of the released models (Radford et al. 2018 and 2019).
 PRESETS = {
@@ -677,7 +678,7 @@ def in_units(loss: float, token_length: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
+    with data.command_line(torchrun=True):
         processes.mute()  # all but the first process, which would print the same
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.preset:

@@ -39,7 +39,8 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import checkpoints, hardware, runs
+from support import hardware
+from support.old import checkpoints, runs
 
 # The settings of runs by the clock, the best that trials on two CPU cores found.
 SHORT = {

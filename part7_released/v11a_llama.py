@@ -36,7 +36,8 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import checkpoints, hardware, runs
+from support import hardware
+from support.old import checkpoints, runs
 
 
 @dataclass

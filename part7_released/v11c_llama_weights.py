@@ -35,7 +35,8 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import checkpoints, hardware, llama_files, model_files, runs
+from support import hardware, llama_files, model_files
+from support.old import checkpoints, runs
 
 # What the parts of our model are called in the released files.
 LLAMA_NAMES = {

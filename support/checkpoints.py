@@ -1,6 +1,6 @@
 """Checkpoints: files that are whole or not there, and that can't run code when they are read."""
 
-import json
+import math
 import pickle
 import sys
 from pathlib import Path
@@ -8,36 +8,22 @@ from zipfile import ZipFile
 
 import torch
 
-from data.files import replace_file
 from data.flags import InputError
 
 COURSE = Path(__file__).parent.parent
 # What a checkpoint holds, by name and type.
 CONTENTS = {
-    "folder": str, "script": str, "config": dict, "tokenizer": str, "characters": str,
-    "corpus": str, "model": dict, "optimizer": dict, "step": int, "random_state": torch.Tensor,
-    "log": list,
+    "script": str, "config": dict, "tokenizer": str, "characters": str, "corpus": str,
+    "model": dict, "optimizer": dict, "step": int, "history": dict,
 }
-
-
-def write_checkpoint(state: dict, path: Path) -> None:
-    """Replace the file at path by state; if that fails, the old file stays as it was.
-
-    Raises InputError if it can't be written.
-    """
-    replace_file(path, lambda unfinished: torch.save(state, unfinished), "--out_dir")
-
-
-def write_log(log: list[dict], path: Path) -> None:
-    """Replace the file at path by one line of JSON for each entry of the log."""
-    lines = "".join(json.dumps(entry) + "\n" for entry in log)
-    replace_file(path, lambda unfinished: unfinished.write(lines.encode("utf-8")), "--out_dir")
+# The last commit whose scripts read checkpoints with a random state and a log.
+OLD_COMMIT = "3b6abd2"
 
 
 def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU, without running any code that may be in it.
 
-    Its "folder" is where it was found. Raises InputError, which says what is wrong and what helps,
+    Its "path" is where it was found. Raises InputError, which says what is wrong and what helps,
     if it can't be used.
     """
     try:
@@ -49,7 +35,6 @@ def read_checkpoint(path: Path) -> dict:
         why = f"{error}; {best.name} beside it is intact: copy it over {path.name} to use it"
         raise InputError(why) from None
     state["path"] = str(path)
-    state["folder"] = str(path.parent)
     return state
 
 
@@ -80,29 +65,27 @@ def load(path: Path) -> dict:
         raise InputError(f"{path}: {why}") from None
     except Exception as error:  # which class it has depends on the damage
         raise InputError(f"{path}: damaged, or not a checkpoint at all ({error})") from None
+    check_contents(state, path)
+    return state
+
+
+def check_contents(state: dict, path: Path) -> None:
+    """Raise InputError if a checkpoint lacks a part, or if its step or history is impossible."""
+    if isinstance(state, dict) and "random_state" in state:
+        why = f"written by an older version of this course; commit {OLD_COMMIT} can read it"
+        raise InputError(f"{path}: {why}")
     for name, kind in CONTENTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             why = f"not a checkpoint of this course (it lacks {name!r})"
             raise InputError(f"{path}: {why}")
-    try:
-        check_contents(state)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise InputError(f"{path}: damaged ({error})") from None
-    return state
-
-
-def check_contents(state: dict) -> None:
-    """Raise RuntimeError, TypeError or ValueError if a part of a checkpoint is impossible."""
-    torch.Generator().set_state(state["random_state"])
     if state["step"] < 0:
-        raise ValueError(f"its step is {state['step']}")
-    for entry in state["log"]:
-        if not isinstance(entry, dict):
-            raise TypeError(f"its log has {entry!r}")
-        types = {"step": int, "train_loss": float, "val_loss": float, "tokens_per_second": float}
-        for name, kind in types.items():
-            if type(entry.get(name)) is not kind:
-                raise ValueError(f"its log has {entry}")
+        raise InputError(f"{path}: damaged (its step is {state['step']})")
+    for step, losses in state["history"].items():
+        is_pair = isinstance(losses, tuple) and [type(loss) for loss in losses] == [float, float]
+        if type(step) is not int or not is_pair or not all(map(math.isfinite, losses)):
+            raise InputError(f"{path}: damaged (its history has {losses!r} at step {step!r})")
+    if not state["history"]:
+        raise InputError(f"{path}: damaged (its history is empty)")
 
 
 def from_here(path: Path) -> Path:
@@ -119,14 +102,6 @@ def script_path(script: str) -> Path:
     return Path(f"{script}.py")
 
 
-def writer_of(state: dict) -> str:
-    """The script that wrote a checkpoint, in words."""
-    path = script_path(state["script"])
-    if path.exists():
-        return str(path)
-    return f"{path} (its new name is in {from_here(COURSE / 'docs' / 'names.md')})"
-
-
 def load_weights(model: torch.nn.Module, state: dict) -> None:
     """Copy the weights of a checkpoint into a model; raises InputError if they don't fit."""
     script = Path(sys.modules[type(model).__module__].__file__).stem
@@ -135,7 +110,8 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
     except (RuntimeError, TypeError, AttributeError):
         why = "damaged: its weights don't fit its settings"
         if state["script"] != script:
-            why = f"written by {writer_of(state)}, whose model has other weights; use that script"
+            writer = script_path(state["script"])
+            why = f"written by {writer}, whose model has other weights; use that script"
         raise InputError(f"{state['path']}: {why}") from None
 
 
@@ -147,23 +123,21 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """
     groups = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        averages = state["optimizer"]["state"]
+        optimizer.load_state_dict({"state": averages, "param_groups": groups})
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if state["step"] > 0:
                     check_averages(optimizer.state[parameter], parameter)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        why = f"damaged: the optimizer's averages don't fit ({error})"
-        why = f"{why}, or written by a script with another optimizer; use {writer_of(state)}"
-        raise InputError(f"{state['path']}: {why}") from None
+        writer = script_path(state["script"])
+        why = f"damaged, or written with another optimizer by {writer}; use that script"
+        raise InputError(f"{state['path']}: its averages don't fit ({error}): {why}") from None
 
 
 def check_averages(averages: dict, parameter: torch.Tensor) -> None:
-    """Raise ValueError if an optimizer's averages don't have the shape of their parameter."""
-    if "average" in averages:  # that of Muon
-        shapes = {"average": parameter.shape}
-    else:  # those of AdamW
-        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    """Raise ValueError if AdamW's averages don't have the shape of their parameter."""
+    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     for name, shape in shapes.items():
         if averages[name].shape != shape or averages[name].is_sparse:
             raise ValueError(f"{name} has shape {tuple(averages[name].shape)}")

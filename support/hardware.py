@@ -37,6 +37,18 @@ def check_compiler(device: str) -> None:
         raise InputError(f"--compile: {why}; use --no-compile") from None
 
 
+def to_device(tensors: list[torch.Tensor], device: str) -> list[torch.Tensor]:
+    """Copy tensors from the CPU to device, without making Python wait for a GPU.
+
+    From ordinary memory, Python waits until the GPU has reached the copy. From pinned memory, the
+    GPU fetches a contiguous tensor itself, while Python goes on.
+    """
+    if not device.startswith("cuda"):
+        return [tensor.to(device) for tensor in tensors]
+    pinned = [tensor.contiguous().pin_memory() for tensor in tensors]
+    return [tensor.to(device, non_blocking=True) for tensor in pinned]
+
+
 def keep_freed_memory() -> None:
     """On Linux, keep the memory of freed tensors for the next ones.
 

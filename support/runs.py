@@ -1,90 +1,32 @@
-"""What keeps a run safe: a folder that no other run uses, and Ctrl-C that lets it save."""
+"""A training run: a folder that no other run uses, its files, and Ctrl-C that lets it save."""
 
 import hashlib
+import json
 import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from filelock import FileLock, Timeout
 
-from data.flags import InputError, Terminated
+from data.files import replace_file
+from data.flags import InputError, Stopped, read_flags
 from support.checkpoints import is_intact, read_checkpoint, script_path
-from support.processes import n_processes, process_rank
 
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
 
-stop_event = threading.Event()  # set by the first Ctrl-C during a run
 
-
-def describe_run(cfg: Any, file: str, tokenizer: Any, corpus: str, state: dict | None) -> dict:
-    """Return what every checkpoint of a run says about it.
-
-    cfg: the settings. file: the file of the script. corpus: the text, or checksums of its tokens.
-    state: the checkpoint to continue from, or None for a new run. Raises InputError if the run
-    can't start or continue.
-    """
-    corpus = hashlib.sha256(corpus.encode("utf-8")).hexdigest()
-    if state is None:
-        folder = new_folder(cfg.out_dir, Path(file).stem)
-    else:
-        folder = Path(state["folder"])
-        check_resumable(cfg, state, corpus)
-    return {
-        "folder": str(folder), "script": Path(file).stem, "config": asdict(cfg),
-        "tokenizer": tokenizer.name, "characters": "".join(tokenizer.characters), "corpus": corpus,
-    }
-
-
-def check_resumable(cfg: Any, state: dict, corpus: str) -> None:
-    """Raise InputError if a run can't continue from state with these settings and this corpus."""
-    best = Path(state["folder"], "best.pt")
-    if state["log"] and not is_intact(best):
-        raise InputError(f"{best}: missing or damaged; copy latest.pt over it to continue")
-    if state["corpus"] != corpus:
-        why = "not the text that this run was trained on; give that one"
-        raise InputError(f"--data {cfg.data}: {why}")
-    if cfg.max_iters < state["step"]:
-        why = f"the run is at step {state['step']} already; leave the flag out, or give more"
-        raise InputError(f"--max_iters {cfg.max_iters}: {why}")
-
-
-def new_folder(out_dir: str, script: str) -> Path:
-    """The folder for a new run: out_dir or, if that is empty, out/<date>_<time>_<script>.
-
-    Raises InputError if it already holds a run.
-    """
-    if not out_dir:
-        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{script}"
-        folder, n = RUNS / name, 1
-        while folder.exists():  # a run that began in the same second
-            n += 1
-            folder = RUNS / f"{name}_{n}"
-        return folder
-    folder = Path(out_dir)
-    try:
-        is_used = (folder / "latest.pt").exists() or (folder / "best.pt").exists()
-    except OSError as error:  # no permission, a name that is too long, ...
-        why = f"can't use it ({error.strerror}); name another folder"
-        raise InputError(f"--out_dir {folder}: {why}") from None
-    if is_used:
-        why = "already holds a run; continue it (--resume) or name another folder"
-        raise InputError(f"--out_dir {folder}: {why}")
-    return folder
-
-
-def find_checkpoint(cfg: Any) -> dict:
-    """Load latest.pt, or best.pt if only to sample, of the run in cfg.out_dir or of the newest.
+def find_checkpoint(out_dir: str, name: str) -> dict:
+    """Load a checkpoint, latest.pt or best.pt, of the run in out_dir or, if that is "", the newest.
 
     Raises InputError if there is none, or none that can be used.
     """
-    if cfg.out_dir:
-        folder = Path(cfg.out_dir)
+    if out_dir:
+        folder = Path(out_dir)
         if not folder.is_dir():
             raise InputError(f"--out_dir {folder}: no such folder; name the folder of a run")
     else:
@@ -93,63 +35,187 @@ def find_checkpoint(cfg: Any) -> dict:
             why = f"no run in {RUNS.resolve()}; train first, or name a folder with --out_dir"
             raise InputError(why)
         folder = runs[-1]
-    return read_checkpoint(folder / ("best.pt" if cfg.sample_only else "latest.pt"))
+    return read_checkpoint(folder / name)
 
 
-@contextmanager
-def running(run: dict) -> Iterator[None]:
-    """Make the folder of a run, keep other runs out of it, and note Ctrl-C for stop_requested.
+def read_settings(
+    config_class: type, lesson: str, argv: list[str] | None, fixed: list[str]
+) -> tuple[Any, dict]:
+    """Return the settings, and the checkpoint that a run starts from; empty for a new run.
 
-    When stop_requested returns True, the training loop should save and raise KeyboardInterrupt. A
-    second Ctrl-C ends the program at once. Raises InputError if another run is using the folder,
-    or if it can't be made.
+    With --resume and --sample_only, the settings of the checkpoint take the place of the defaults,
+    and a flag must not change those in fixed.
     """
-    folder = Path(run["folder"])
-    print(f"folder: {folder}", file=sys.stderr)
-    lock = FileLock(folder / "lock")
-    try:
-        if process_rank() == 0:
+    cfg = read_flags(config_class, lesson, argv)
+    if not cfg.resume and not cfg.sample_only:
+        return cfg, {}
+    saved = find_checkpoint(cfg.out_dir, "best.pt" if cfg.sample_only else "latest.pt")
+    config = saved["config"]
+    if cfg.sample_only:  # the dtype is that of training, which this machine may not have
+        config = {name: value for name, value in config.items() if name != "dtype"}
+    return read_flags(config_class, lesson, argv, config, fixed), saved
+
+
+class UnsavedRun:
+    """A run without a folder: it is always new, writes nothing, and nothing stops it."""
+
+    is_new = True
+
+    def __init__(self) -> None:
+        self.history = {}
+
+    def save(self, state: dict, train_loss: float, val_loss: float) -> None:
+        """Keep the losses, in nats, of a loss estimate."""
+        self.history[state["step"]] = (train_loss, val_loss)
+
+    def save_latest(self, state: dict) -> None:
+        """Do nothing."""
+
+    def stop_requested(self) -> bool:
+        """No."""
+        return False
+
+
+class Run:
+    """A run with a folder. In a with statement, it has that for itself, and notices Ctrl-C.
+
+    Then stop_requested is True, and the training loop should save and end; after that, the with
+    statement says how to continue the run, and ends the program. A second Ctrl-C ends it at once.
+    """
+
+    def __init__(self, cfg: Any, file: str, tokenizer: Any, corpus: str, saved: dict) -> None:
+        """cfg: the settings. file: that of the script. corpus: the text.
+
+        saved: the checkpoint to continue from; empty for a new run. Raises InputError if the run
+        can't continue from there.
+        """
+        self.out_dir = cfg.out_dir
+        self.saved = saved
+        self.is_new = not saved
+        self.history = saved.get("history", {})  # step: (train loss, validation loss), in nats
+        self.about = {  # what each of its checkpoints says about the run
+            "script": Path(file).stem, "config": asdict(cfg), "tokenizer": tokenizer.name,
+            "characters": "".join(tokenizer.characters),
+            "corpus": hashlib.sha256(corpus.encode("utf-8")).hexdigest(),
+        }
+        self.signals = []  # the numbers of those that asked the run to stop
+        if saved:
+            self.check_resumable(cfg)
+
+    def check_resumable(self, cfg: Any) -> None:
+        """Raise InputError if the run can't continue with these settings and this text."""
+        best = Path(self.saved["path"]).with_name("best.pt")
+        if not is_intact(best):
+            raise InputError(f"{best}: missing or damaged; copy latest.pt over it to continue")
+        if self.saved["corpus"] != self.about["corpus"]:
+            why = "not the text that this run was trained on; give that one"
+            raise InputError(f"--data {cfg.data}: {why}")
+        if cfg.max_iters < self.saved["step"]:
+            step = self.saved["step"]
+            why = f"the run is at step {step} already; leave the flag out, or give more"
+            raise InputError(f"--max_iters {cfg.max_iters}: {why}")
+
+    def __enter__(self) -> None:
+        """Raises InputError if the folder can't be made, or if another run is using it."""
+        try:
+            self.folder = self.open_folder()
+            print(f"folder: {self.folder}", file=sys.stderr)
+            self.lock = FileLock(self.folder / "lock")
+            self.lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
+        except Timeout:
+            why = "another run is using it; wait until it ends, or name another folder"
+            raise InputError(f"--out_dir {self.folder}: {why}") from None
+        except OSError as error:
+            why = f"can't write there ({error.strerror}); name another folder"
+            raise InputError(f"--out_dir {self.out_dir or RUNS}: {why}") from None
+        self.handle_signals()
+
+    def open_folder(self) -> Path:
+        """Make the folder of a new run; return that of an old one."""
+        if not self.is_new:
+            return Path(self.saved["path"]).parent
+        if self.out_dir:
+            folder = Path(self.out_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
-    except Timeout:
-        why = "another run is using it; wait until it ends, or name another folder"
-        raise InputError(f"--out_dir {folder}: {why}") from None
-    except OSError as error:
-        why = f"can't write there ({error.strerror}); name another folder"
-        raise InputError(f"--out_dir {folder}: {why}") from None
+            if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
+                why = "already holds a run; continue it (--resume) or name another folder"
+                raise InputError(f"--out_dir {folder}: {why}")
+            return folder
+        RUNS.mkdir(exist_ok=True)
+        name = f"{time.strftime('%Y-%m-%d_%H-%M-%S')}_{self.about['script']}"
+        folder, n = RUNS / name, 1
+        while True:
+            try:
+                folder.mkdir()
+                return folder
+            except FileExistsError:  # a run that began in the same second
+                n += 1
+                folder = RUNS / f"{name}_{n}"
 
-    received = []
+    def handle_signals(self) -> None:
+        """Note Ctrl-C, and the signals that stop programs on clusters and in closed terminals."""
+        self.previous_handlers = {}
+        if threading.current_thread() is not threading.main_thread():
+            return  # no other may handle signals
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has no SIGHUP
+            # nohup has its programs ignore SIGHUP, and a shell those in the background SIGINT.
+            if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+                self.previous_handlers[number] = signal.signal(number, self.note_signal)
 
-    def request_stop(number: int, _: Any) -> None:
-        received.append(number)
-        stop_event.set()
-        if n_processes() == 1:  # torchrun repeats each signal, and ends what takes too long
-            signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step", file=sys.stderr)
+    def note_signal(self, number: int, _: Any) -> None:
+        """Handle a signal: ask the training loop to stop. The next one ends the program."""
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step or loss estimate", file=sys.stderr)
 
-    previous_handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other may handle signals
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous_handlers[number] = signal.signal(number, request_stop)
-    try:
-        yield
-        if received:  # too late for the run to notice
-            raise KeyboardInterrupt
-    except KeyboardInterrupt:
-        typed = Path(sys.argv[0])  # not so in a notebook, for example
-        script = typed if typed.stem == run["script"] else script_path(run["script"])
-        command = f'python "{script}" --resume --out_dir "{folder}"'
-        print(f"stopped and saved; to continue: {command}", file=sys.stderr)
-        if received[:1] == [signal.SIGTERM]:
-            raise Terminated from None
-        raise
-    finally:
-        stop_event.clear()
-        for number, handler in previous_handlers.items():
+    def __exit__(self, error: type | None, *_: Any) -> None:
+        """Raises Stopped if a signal came, even if it was too late for the training loop."""
+        for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        lock.release()
+        self.lock.release()
+        if self.signals and error is None:
+            typed = Path(sys.argv[0])  # not so in a notebook, for example
+            name = self.about["script"]
+            script = typed if typed.stem == name else script_path(name)
+            command = f'python "{script}" --resume --out_dir "{self.folder}"'
+            print(f"stopped and saved; to continue: {command}", file=sys.stderr)
+            raise Stopped(self.signals[0])
 
+    def stop_requested(self) -> bool:
+        """Whether Ctrl-C was pressed, or the system wants the program to end."""
+        return len(self.signals) > 0
 
-def stop_requested() -> bool:
-    """Whether, during the running block, Ctrl-C was pressed or the system sent SIGTERM."""
-    return stop_event.is_set()
+    def save(self, state: dict, train_loss: float, val_loss: float) -> None:
+        """Save a checkpoint after a loss estimate: best.pt if it is the best, latest.pt, log.jsonl.
+
+        If the program is killed between two of them, the resumed run makes the estimate again, and
+        writes all three. Raises InputError if one can't be written; then the old file stays.
+        """
+        self.history[state["step"]] = (train_loss, val_loss)
+        if val_loss == min(val_loss for _, val_loss in self.history.values()):
+            self.write("best.pt", state)
+        self.write("latest.pt", state)
+        self.write_log()
+
+    def save_latest(self, state: dict) -> None:
+        """Save a checkpoint between two loss estimates, as latest.pt; raises InputError as save."""
+        self.write("latest.pt", state)
+
+    def write(self, name: str, state: dict) -> None:
+        """Replace the file called name by a checkpoint."""
+        whole = {**self.about, "history": self.history, **state}
+        replace_file(self.folder / name, lambda file: torch.save(whole, file), "--out_dir")
+
+    def write_log(self) -> None:
+        """Replace log.jsonl by one line of JSON for each loss estimate."""
+        lines = ""
+        for step, (train_loss, val_loss) in self.history.items():
+            entry = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
+            lines += json.dumps(entry) + "\n"
+        path = self.folder / "log.jsonl"
+        replace_file(path, lambda file: file.write(lines.encode("utf-8")), "--out_dir")
+
+    def best(self) -> dict:
+        """Load the checkpoint with the lowest validation loss."""
+        return read_checkpoint(self.folder / "best.pt")

@@ -1,15 +1,16 @@
 """The bench: what a turn measures, the table of medians, and its command line."""
 
-
 import pytest
 import torch
 from conftest import TEXT
+from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import v2_single_head
 from lab import bench
-from lab.ladder import load
+from lab.ladder import SCRIPTS, load, part_of
 from part2_training import v6b_fast
+from support import hardware
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
 FLAGS = [word for name, value in SHAPE.items() for word in (f"--{name}", str(value))]
@@ -46,6 +47,43 @@ def test_a_turn_counts_the_steps_after_the_first(name, monkeypatch):
     assert turn.tokens_per_second == pytest.approx(3 * 8 * 2 / 2, rel=1e-3)
     assert turn.dtype == "float32"
     assert turn.utilisation == pytest.approx(turn.tokens_per_second * 100 / 1000)
+
+
+@pytest.fixture
+def matmul_dtypes(monkeypatch):
+    """The dtypes that linear layers compute in, on hardware that supports bfloat16."""
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
+    dtypes = set()
+
+    def note(module, _, out):
+        if type(module).__name__ in ("Linear", "Conv1D"):  # transformers has the latter
+            dtypes.add(str(out.dtype).removeprefix("torch."))
+
+    hook = register_module_forward_hook(note)
+    yield dtypes
+    hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("v5_gpt", "float32"), ("v6b_fast", "bfloat16"), ("v7b_kv_cache", "bfloat16"),
+        ("v8c_gpt2", "bfloat16"), ("v9d_gqa", "bfloat16"), ("transformers", "float32"),
+        ("transformers_autocast", "bfloat16"),
+    ],
+)  # fmt: skip
+def test_the_dtype_of_a_turn_is_that_of_its_matmuls(name, dtype, matmul_dtypes, monkeypatch):
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1000.0)
+    turn = bench.take_turn(name, config(n_embd=128))
+    assert {turn.dtype} == matmul_dtypes == {dtype}
+
+
+@pytest.mark.parametrize("name", bench.WRITERS)
+def test_the_dtype_of_a_turn_of_writing_is_that_of_its_matmuls(name, matmul_dtypes):
+    """Parts 4 to 7 generate in the dtype of training."""
+    expected = "bfloat16" if name in SCRIPTS and part_of(name) >= 4 else "float32"
+    _, dtype = bench.write_turn(name, config(n_embd=128), 1)
+    assert {dtype} == matmul_dtypes == {expected}
 
 
 def test_flops_are_counted_as_the_paper_does():
@@ -125,15 +163,16 @@ def test_a_turn_of_writing_counts_all_tokens_but_the_first(name, monkeypatch):
 
     script = v6b_fast if name == "transformers" else load(name)
     make = bench.Reference if name == "transformers" else script.LanguageModel
-    real = make.generate
+    real = bench.generate
 
-    def generate(model, idx, max_new_tokens):
+    def generate(script, model, *args):
+        assert type(model) is make
         assert not model.training
-        out = real(model, idx, max_new_tokens)
+        out = real(script, model, *args)
         lengths.append(tuple(out.shape))
         return out
 
-    monkeypatch.setattr(make, "generate", generate)
+    monkeypatch.setattr(bench, "generate", generate)
     monkeypatch.setattr(bench.time, "perf_counter", clock)
     assert bench.write_turn(name, config(), 16) == (16 * 7, "float32")
     assert lengths == [(16, 8), (16, 8)]

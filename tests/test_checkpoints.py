@@ -1,17 +1,19 @@
-"""support/checkpoints.py: files that are whole or not there, and what is wrong with others."""
+"""support/checkpoints.py: what is wrong with a file that isn't a good checkpoint."""
 
 import io
+import math
 import os
+import subprocess
 import zipfile
 
 import pytest
 import torch
 
 import data
+from lab.ladder import ROOT
 from support import checkpoints
 
 STATE = {
-    "folder": "out/run",
     "script": "v6d_checkpoints",
     "config": {"n_embd": 18},
     "tokenizer": "char",
@@ -20,8 +22,7 @@ STATE = {
     "model": {"weight": torch.arange(300.0)},
     "optimizer": {0: {"exp_avg": torch.ones(300)}},
     "step": 3,
-    "random_state": torch.Generator().get_state(),
-    "log": [{"step": 0, "train_loss": 4.0, "val_loss": 4.0, "tokens_per_second": 0.0}],
+    "history": {0: (4.0, 4.0), 3: (3.0, 3.5)},
 }
 
 
@@ -38,7 +39,8 @@ class Trap:
 @pytest.fixture
 def path(tmp_path):
     """A good checkpoint."""
-    checkpoints.write_checkpoint(STATE, tmp_path / "latest.pt")
+    with (tmp_path / "latest.pt").open("wb") as file:  # as runs.py does
+        torch.save(STATE, file)
     return tmp_path / "latest.pt"
 
 
@@ -53,59 +55,10 @@ def refused(path) -> str:
     return message.removeprefix(f"{path}: ")
 
 
-# ---- writing and reading files
-
-
 def test_a_checkpoint_comes_back_as_it_was_written(path):
     state = checkpoints.read_checkpoint(path)
-    assert state["folder"] == str(path.parent), "the folder is where the file was found"
-    assert state.pop("path") == str(path)
-    for name in ("model", "optimizer", "random_state"):
-        assert str(state.pop(name)) == str(STATE[name])
-    assert state | {"folder": "out/run"} == {name: STATE[name] for name in state}
-
-
-@pytest.mark.parametrize("limit", [0, 100, 1000, 3000])
-def test_a_disk_that_fills_up_while_pytorch_writes(path, limit):
-    resource = pytest.importorskip("resource")
-    before = path.read_bytes()
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
-    try:
-        with pytest.raises(data.InputError, match="can't save latest.pt"):
-            checkpoints.write_checkpoint(STATE | {"step": 4}, path)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-    assert path.read_bytes() == before
-    assert list(path.parent.iterdir()) == [path]
-
-
-def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(path, monkeypatch):
-    sizes = []
-    real = os.fsync
-
-    def fsync(number):
-        real(number)
-        sizes.append(os.fstat(number).st_size)
-        assert path.stat().st_size == old_size
-
-    monkeypatch.setattr(os, "fsync", fsync)
-    old_size = path.stat().st_size
-    checkpoints.write_checkpoint(STATE | {"model": {"weight": torch.zeros(5000)}}, path)
-    assert sizes == [path.stat().st_size]
-    assert sizes != [old_size]
-    path = path.with_name("log.jsonl")
-    path.write_bytes(b"")
-    old_size = 0
-    checkpoints.write_log(STATE["log"], path)
-    assert sizes[1] == path.stat().st_size > 0
-
-
-def test_the_log_is_one_line_of_json_for_each_entry(tmp_path):
-    log = [{"step": 0, "val_loss": 4.25}, {"step": 2, "val_loss": 1e-9}]
-    checkpoints.write_log(log, tmp_path / "log.jsonl")
-    text = (tmp_path / "log.jsonl").read_bytes()
-    assert text == b'{"step": 0, "val_loss": 4.25}\n{"step": 2, "val_loss": 1e-09}\n'
+    assert state.pop("path") == str(path), "where it was found"
+    assert str(state) == str(STATE)
 
 
 def flip(content, part):
@@ -150,7 +103,7 @@ def test_a_file_with_a_damaged_name_in_its_directory_is_refused(path):
 @pytest.mark.parametrize("content", [[1, 2], {}, {"weight": torch.ones(3)}, torch.ones(3)], ids=str)
 def test_a_file_of_another_program_is_refused(path, content):
     torch.save(content, path)
-    assert refused(path) == "not a checkpoint of this course (it lacks 'folder')"
+    assert refused(path) == "not a checkpoint of this course (it lacks 'script')"
 
 
 @pytest.mark.parametrize("name", STATE)
@@ -162,11 +115,36 @@ def test_a_checkpoint_must_be_complete(path, name):
 
 
 def test_a_hostile_file_is_refused_and_does_nothing(path, tmp_path):
-    torch.save(STATE | {"log": [Trap(tmp_path / "trap")]}, path)
+    torch.save(STATE | {"history": {0: Trap(tmp_path / "trap")}}, path)
     assert refused(path).startswith("holds more than weights and settings; not loaded")
     assert not (tmp_path / "trap").exists()
     torch.load(path, weights_only=False)
     assert (tmp_path / "trap").exists(), "the trap works on a careless reader"
+
+
+def test_a_checkpoint_of_an_older_version_is_refused_with_the_commit_that_reads_it(path):
+    old = {"random_state": torch.get_rng_state(), "log": [{"step": 0}]}
+    torch.save(STATE | old, path)
+    why = "written by an older version of this course; commit 3b6abd2 can read it"
+    assert refused(path) == why
+    git = ["git", "-C", str(ROOT)]
+    shallow = subprocess.run([*git, "rev-parse", "--is-shallow-repository"], capture_output=True)
+    if shallow.stdout.strip() == b"false":
+        reader = "3b6abd2:part2_training/v6d_checkpoints.py"
+        assert b'"random_state"' in subprocess.check_output([*git, "show", reader])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"step": -1}, {"history": {}}, {"history": {"0": (1.0, 1.0)}}, {"history": {0: 1.0}},
+        {"history": {0: (1.0,)}}, {"history": {0: (1, 2)}}, {"history": {0: (1.0, math.inf)}},
+    ],
+    ids=str,
+)
+def test_an_impossible_checkpoint_is_refused(path, changes):
+    torch.save(STATE | changes, path)
+    assert refused(path).startswith("damaged (its ")
 
 
 def test_a_missing_file_is_refused(tmp_path):
@@ -188,7 +166,7 @@ def test_best_pt_is_offered_if_it_is_intact(path, tmp_path, damage):
     elif damage == "foreign":
         torch.save({}, path)
     elif damage == "hostile":
-        torch.save(STATE | {"log": Trap(tmp_path / "trap")}, path)
+        torch.save(STATE | {"history": Trap(tmp_path / "trap")}, path)
     offer = "best.pt beside it is intact: copy it over latest.pt to use it"
     assert refused(path).endswith(f"; {offer}")
     best.write_bytes(b"")

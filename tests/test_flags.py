@@ -253,11 +253,21 @@ def test_bugs_keep_their_traceback(error):
         raise error
 
 
-@pytest.mark.parametrize(("error", "status"), [(KeyboardInterrupt, 130), (BrokenPipeError, 141)])
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(KeyboardInterrupt(), 130), (flags.Stopped(signal.SIGTERM), 143), (BrokenPipeError(), 141)],
+)
 def test_interruptions_have_the_status_that_shells_expect(error, status):
     with pytest.raises(SystemExit) as stop, data.command_line():
         raise error
     assert stop.value.code == status
+
+
+def test_ctrl_c_says_that_the_first_scripts_save_nothing(capsys):
+    with pytest.raises(SystemExit), data.command_line():
+        raise KeyboardInterrupt
+    why = "only v6d_checkpoints.py and the scripts after it save what they have trained"
+    assert capsys.readouterr().err == f"stopped; {why}\n"
 
 
 def test_sigterm_ends_a_program_like_ctrl_c():
@@ -268,7 +278,7 @@ def test_sigterm_ends_a_program_like_ctrl_c():
     finally:
         signal.signal(signal.SIGTERM, old)
     assert stop.value.code == 143
-    assert issubclass(flags.Terminated, KeyboardInterrupt), "what Ctrl-C saves is saved here too"
+    assert issubclass(flags.Stopped, KeyboardInterrupt), "what Ctrl-C cleans up is cleaned up, too"
 
 
 def test_a_script_may_run_in_any_thread():

@@ -1,4 +1,4 @@
-"""support/hardware.py: bfloat16 on each device, the compiler's check, memory that is kept."""
+"""support/hardware.py: bfloat16 on each device, the compiler, copies to a GPU, kept memory."""
 
 import ctypes
 import sys
@@ -77,6 +77,78 @@ def test_a_compiler_that_fails_is_refused_with_the_first_line_of_its_message(mon
     with pytest.raises(data.InputError) as caught:
         hardware.check_compiler("cpu")
     assert str(caught.value) == "--compile: no compiler found; use --no-compile"
+
+
+class Copies:
+    """What was pinned, and what was sent where: (tensor, device, non_blocking)."""
+
+    def __init__(self):
+        self.pinned = []
+        self.sent = []
+
+
+@pytest.fixture
+def copies(monkeypatch):
+    """Records how tensors are copied, instead of copying them; that needs no GPU."""
+    copies = Copies()
+
+    def pin(tensor):
+        assert tensor.is_contiguous()  # PyTorch copies others to ordinary memory first
+        copies.pinned.append(tensor.clone())
+        return copies.pinned[-1]
+
+    def send(tensor, device, non_blocking=False):
+        copies.sent.append((tensor, device, non_blocking))
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", send)
+    return copies
+
+
+def window_and_targets():
+    """Two tensors of which neither is contiguous, as data.get_batch makes them."""
+    windows = torch.arange(24).view(4, 6)
+    return [windows[:, :-1], windows[:, 1:]]
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_a_gpu_fetches_contiguous_tensors_from_pinned_memory_itself(copies, device):
+    tensors = window_and_targets()
+    assert not any(tensor.is_contiguous() for tensor in tensors)
+    copied = hardware.to_device(tensors, device)
+    assert len(copies.pinned) == len(copies.sent) == 2
+    for pinned, (sent, to, non_blocking) in zip(copies.pinned, copies.sent, strict=True):
+        assert sent is pinned
+        assert to == device
+        assert non_blocking
+    assert all(map(torch.equal, copied, tensors))
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_other_devices_get_no_pinned_memory(copies, device):
+    tensors = window_and_targets()
+    hardware.to_device(tensors, device)
+    assert copies.pinned == []
+    assert all(map(torch.equal, [sent for sent, _, _ in copies.sent], tensors))
+    assert [to for _, to, _ in copies.sent] == [device] * 2
+
+
+def test_tensors_keep_their_order_and_their_numbers_on_the_way():
+    tensors = window_and_targets()
+    copied = hardware.to_device(tensors, "cpu")
+    assert len(copied) == 2
+    assert all(map(torch.equal, copied, tensors))
+    on_meta = hardware.to_device([torch.ones(2, 3), torch.ones(4)], "meta")
+    assert [tensor.device.type for tensor in on_meta] == ["meta", "meta"]
+    assert [tuple(tensor.shape) for tensor in on_meta] == [(2, 3), (4,)]
+
+
+@pytest.mark.parametrize("device", ["cpu", "mps"])
+def test_copies_from_ordinary_memory_are_finished_before_it_is_freed(copies, device):
+    """Otherwise an MPS device may read what is there later (PyTorch's issue 189690)."""
+    hardware.to_device(window_and_targets(), device)
+    assert [non_blocking for _, _, non_blocking in copies.sent] == [False, False]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only glibc has mallopt")

@@ -8,6 +8,7 @@ import torch
 from conftest import TEXT, VOCAB_SIZE, tiny
 
 from lab import page
+from lab.common import train
 from lab.ladder import PAIRS, PARENTS, ROOT, SCRIPTS, changed_lines, load, read, source
 from lab.web import curves, diffs, lessons, runs
 
@@ -136,7 +137,7 @@ def test_scripts_that_train_like_another_one(script, splits):
         module = load(name)
         torch.manual_seed(1)
         model = module.LanguageModel(tiny(module), VOCAB_SIZE)
-        histories.append(module.train(model, *splits, tiny(module)))
+        histories.append(train(module, model, *splits, tiny(module)))
         defaults.append({f.name: f.metadata["cpu"] for f in dataclasses.fields(module.Config)})
     assert histories[0] == histories[1]
     for name in defaults[0].keys() & defaults[1].keys():

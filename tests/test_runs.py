@@ -1,68 +1,79 @@
-"""support/runs.py: folders of runs, one run at a time, and Ctrl-C."""
+"""support/runs.py: folders of runs, one run at a time, what they write, and Ctrl-C."""
 
 import dataclasses
-import hashlib
+import json
+import os
 import signal
+import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
+import torch
 from filelock import FileLock
 from test_checkpoints import STATE
 
 import data
-from data import flags
+from data import flags, setting
+from lab.ladder import ROOT
 from support import checkpoints, runs
 
 
 @dataclasses.dataclass
 class Config:
-    """The settings of which describe_run makes use."""
+    """The settings that a run makes use of."""
 
-    out_dir: str = ""
-    data: str = "shakespeare"
-    max_iters: int = 5
-    sample_only: bool = False
-
-
-def run_in(folder):
-    return {"folder": str(folder), "script": "v6d_checkpoints"}
-
-
-# ---- the folders of runs
+    device: str = setting("the device", "cpu")
+    n_embd: int = setting("a size", 18)
+    max_iters: int = setting("training steps", 5)
+    data: str = setting("the text", "shakespeare")
+    out_dir: str = setting("folder of the run", "")
+    resume: bool = setting("continue a run", False)
+    sample_only: bool = setting("only sample", False)
 
 
-def describe(cfg, state=None, text="ab"):
-    return runs.describe_run(cfg, "x/v6d_checkpoints.py", data.CharTokenizer(text), text, state)
+def make_run(folder="", saved=None, text="ab", **changes):
+    cfg = Config(out_dir=str(folder), **changes)
+    tokenizer = data.CharTokenizer(text)
+    return runs.Run(cfg, "x/v6d_checkpoints.py", tokenizer, text, saved or {})
 
 
-def test_what_a_run_says_about_itself(tmp_path):
-    cfg = Config(out_dir=str(tmp_path / "run"))
-    assert describe(cfg, text="ba") == {
-        "folder": str(tmp_path / "run"),
-        "script": "v6d_checkpoints",
-        "config": dataclasses.asdict(cfg),
-        "tokenizer": "char",
-        "characters": "\nab",
-        "corpus": hashlib.sha256(b"ba").hexdigest(),
-    }
-    assert not (tmp_path / "run").exists()
+def state_after(step):
+    """A part of a checkpoint: what the training loop gives to a run."""
+    return {"model": {"weight": torch.arange(3.0) + step}, "optimizer": {}, "step": step}
 
 
-def test_a_resumed_run_keeps_its_folder():
-    state = describe(Config(out_dir="first")) | {"folder": "moved", "step": 3, "log": []}
-    run = describe(Config(out_dir="other", max_iters=3), state)
-    assert run["folder"] == "moved"
-    assert run["config"]["max_iters"] == 3
+def saved_run(folder):
+    """Save a run with one loss estimate; return its latest checkpoint."""
+    run = make_run(folder)
+    with run:
+        run.save(state_after(3), 3.5, 4.0)
+    return checkpoints.read_checkpoint(folder / "latest.pt")
 
 
-def test_a_resumed_run_needs_its_best_weights(tmp_path):
-    state = describe(Config()) | {"folder": str(tmp_path), "step": 3, "log": STATE["log"]}
-    with pytest.raises(data.InputError, match="best.pt: missing or damaged; copy latest.pt over"):
-        describe(Config(), state)
-    checkpoints.write_checkpoint(STATE, tmp_path / "best.pt")
-    assert describe(Config(), state)["folder"] == str(tmp_path)
+# ---- settings, and the checkpoint to start from
+
+
+def read_settings(*words):
+    return runs.read_settings(Config, "", list(words), ["n_embd"])
+
+
+def test_a_new_run_starts_from_nothing():
+    cfg, saved = read_settings("--max_iters", "7")
+    assert (cfg.max_iters, saved) == (7, {})
+
+
+def test_the_settings_of_a_checkpoint_take_the_place_of_the_defaults(tmp_path):
+    torch.save(STATE | {"config": {"n_embd": 24, "max_iters": 9}}, tmp_path / "latest.pt")
+    words = ["--resume", "--out_dir", str(tmp_path)]
+    cfg, saved = read_settings(*words)
+    assert (cfg.n_embd, cfg.max_iters, saved["step"]) == (24, 9, 3)
+    cfg, _ = read_settings(*words, "--max_iters", "11")
+    assert (cfg.n_embd, cfg.max_iters) == (24, 11)
+    with pytest.raises(data.InputError, match="--n_embd 18: the checkpoint has 24"):
+        read_settings(*words, "--n_embd", "18")
 
 
 def test_the_newest_run_is_the_one_to_go_on_with(tmp_path, monkeypatch):
@@ -71,98 +82,289 @@ def test_the_newest_run_is_the_one_to_go_on_with(tmp_path, monkeypatch):
     for name in names:
         Path("out", name).mkdir(parents=True)
         for file in ("latest.pt", "best.pt"):
-            state = STATE | {"script": f"{name} {file}"}
-            checkpoints.write_checkpoint(state, Path("out", name, file))
+            torch.save(STATE | {"script": f"{name} {file}"}, Path("out", name, file))
     Path("out", "9999-01-02_03-04-05_file").write_text("", encoding="utf-8")
-    for cfg, expected in [
-        (Config(), f"{names[0]} latest.pt"),
-        (Config(sample_only=True), f"{names[0]} best.pt"),
-        (Config(out_dir="out/notes"), "notes latest.pt"),
-        (Config(out_dir="out/notes", sample_only=True), "notes best.pt"),
+    for words, expected in [
+        (["--resume"], f"{names[0]} latest.pt"),
+        (["--sample_only"], f"{names[0]} best.pt"),
+        (["--resume", "--out_dir", "out/notes"], "notes latest.pt"),
+        (["--sample_only", "--out_dir", "out/notes"], "notes best.pt"),
     ]:
-        assert runs.find_checkpoint(cfg)["script"] == expected
+        _, saved = read_settings(*words)
+        assert saved["script"] == expected
 
 
-# ---- Ctrl-C, and one run at a time
+# ---- the folders of runs
 
 
-def test_the_folder_is_made_and_kept_for_one_run(tmp_path, capsys):
+def test_a_new_run_makes_a_folder_when_it_begins(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    run = make_run()
+    assert not Path("out").exists()
+    with run:
+        assert run.folder.is_dir()
+    assert capsys.readouterr().err == f"folder: {run.folder}\n"
+
+
+def test_runs_that_begin_at_the_same_time_make_folders_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "2025-01-02_03-04-05")
+    found = []
+    barrier = threading.Barrier(8)
+
+    def begin():
+        run = make_run()
+        barrier.wait()
+        with run:
+            found.append(run.folder)
+            barrier.wait()
+
+    threads = [threading.Thread(target=begin) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(found)) == 8
+
+
+def test_the_folder_is_kept_for_one_run(tmp_path):
     folder = tmp_path / "out" / "run"
-    with runs.running(run_in(folder)):
-        assert folder.is_dir()
+    with make_run(folder):
         refusal = pytest.raises(data.InputError, match="another run is using it")
-        with refusal, runs.running(run_in(folder)):
+        with refusal, make_run(folder):
             pass
-        with runs.running(run_in(tmp_path / "other")):
+        with make_run(tmp_path / "other"):
             pass
-    with runs.running(run_in(folder)):
+    with make_run(folder):
         pass
-    assert capsys.readouterr().err.startswith(f"folder: {folder}\n")
+
+
+@pytest.mark.parametrize("name", ["latest.pt", "best.pt"])
+def test_a_new_run_needs_a_folder_without_a_run(tmp_path, name):
+    (tmp_path / name).write_bytes(b"mine")
+    with pytest.raises(data.InputError, match="already holds a run"), make_run(tmp_path):
+        pass
+    assert (tmp_path / name).read_bytes() == b"mine"
+
+
+def test_a_resumed_run_keeps_its_folder(tmp_path):
+    saved_run(tmp_path / "first")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    saved = checkpoints.read_checkpoint(tmp_path / "moved" / "latest.pt")
+    run = make_run("other", saved)
+    with run:
+        assert run.folder == tmp_path / "moved"
+    assert run.history == {3: (3.5, 4.0)}
+
+
+def test_a_resumed_run_needs_its_best_weights(tmp_path):
+    saved = saved_run(tmp_path)
+    for damage in (lambda path: path.write_bytes(b"damaged"), Path.unlink):
+        damage(tmp_path / "best.pt")
+        with pytest.raises(data.InputError, match="best.pt: missing or damaged; copy latest.pt"):
+            make_run(tmp_path, saved)
+
+
+def test_a_resumed_run_needs_its_text_and_its_steps(tmp_path):
+    saved = saved_run(tmp_path)
+    with pytest.raises(data.InputError, match="--data shakespeare: not the text that this run"):
+        make_run(tmp_path, saved, text="abab")
+    with pytest.raises(data.InputError, match="--max_iters 2: the run is at step 3 already"):
+        make_run(tmp_path, saved, max_iters=2)
 
 
 def test_a_run_that_fails_lets_go_of_its_folder(tmp_path):
     for error in (KeyboardInterrupt, data.InputError, ZeroDivisionError):
-        with pytest.raises(error), runs.running(run_in(tmp_path)):
+        with pytest.raises(error), make_run(tmp_path):
             raise error
         with FileLock(tmp_path / "lock", timeout=0):
             pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+# ---- what a run writes
+
+
+def test_a_checkpoint_says_what_run_it_belongs_to(tmp_path):
+    saved = saved_run(tmp_path)
+    assert saved["script"] == "v6d_checkpoints"
+    assert saved["config"] == dataclasses.asdict(Config(out_dir=str(tmp_path)))
+    assert (saved["tokenizer"], saved["characters"]) == ("char", "\nab")
+    assert saved["corpus"] == "fb8e20fc2e4c3f248c60c39bd652f3c1347298bb977b8b4d5903b85055620603"
+    assert saved["history"] == {3: (3.5, 4.0)}
+    assert saved["model"]["weight"].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_the_best_and_the_latest_weights_are_kept(tmp_path):
+    run = make_run(tmp_path)
+    with run:
+        for step, val_loss in enumerate([5.0, 2.0, 3.0, 2.0, 4.0]):
+            run.save(state_after(step), 1.0, val_loss)
+        run.save_latest(state_after(9))
+    assert run.best()["step"] == 3
+    latest = checkpoints.read_checkpoint(tmp_path / "latest.pt")
+    assert latest["step"] == 9
+    assert list(latest["history"]) == [0, 1, 2, 3, 4]
+
+
+def test_an_estimate_that_is_made_again_takes_the_place_of_the_first(tmp_path):
+    saved = saved_run(tmp_path)
+    run = make_run(tmp_path, saved)
+    with run:
+        run.save(state_after(3), 3.5, 4.0)
+    assert run.history == {3: (3.5, 4.0)}
+    assert len((tmp_path / "log.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+
+
+def test_the_log_is_one_line_of_json_for_each_estimate(tmp_path):
+    run = make_run(tmp_path)
+    with run:
+        run.save(state_after(0), 4.5, 4.25)
+        run.save(state_after(2), 1.0, 1e-9)
+    lines = (tmp_path / "log.jsonl").read_bytes().decode("utf-8").split("\n")
+    assert lines[0] == '{"step": 0, "train_loss": 4.5, "val_loss": 4.25}'
+    assert json.loads(lines[1]) == {"step": 2, "train_loss": 1.0, "val_loss": 1e-9}
+    assert lines[2:] == [""]
+
+
+@pytest.mark.parametrize("limit", [0, 100, 1000, 1500])
+def test_a_disk_that_fills_up_leaves_all_files_as_they_were(tmp_path, limit):
+    resource = pytest.importorskip("resource")
+    saved = saved_run(tmp_path)
+    run = make_run(tmp_path, saved)
+    with run:
+        before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, old[1]))
+        try:
+            with pytest.raises(data.InputError, match="can't save best.pt"):
+                run.save(state_after(4), 1.0, 1.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_file_is_on_the_disk_before_it_replaces_the_old_one(tmp_path, monkeypatch):
+    saved_run(tmp_path)
+    synced = []
+    real = os.fsync
+
+    def fsync(number):
+        real(number)
+        synced.append(os.fstat(number).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    run = make_run(tmp_path, checkpoints.read_checkpoint(tmp_path / "latest.pt"))
+    with run:
+        run.save(state_after(4), 1.0, 1.0)
+    names = ("best.pt", "latest.pt", "log.jsonl")
+    assert synced == [(tmp_path / name).stat().st_size for name in names]
+
+
+def test_a_run_without_a_folder_only_keeps_its_losses():
+    run = runs.UnsavedRun()
+    run.save(state_after(2), 1.0, 2.0)
+    run.save_latest(state_after(3))
+    assert run.is_new
+    assert not run.stop_requested()
+    assert run.history == {2: (1.0, 2.0)}
+
+
+# ---- Ctrl-C and other signals
+
+SIGNALS = [getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, n)]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_is_noted_once_and_then_ends_the_program(tmp_path, capsys, number):
     def handler(*_):
         raise AssertionError("the signal belongs to the run")
 
+    run = make_run(tmp_path)
     old = signal.signal(number, handler)
     try:
-        with pytest.raises(KeyboardInterrupt) as stop, runs.running(run_in(tmp_path)):
-            assert not runs.stop_requested()
+        with pytest.raises(flags.Stopped) as stop, run:
+            assert not run.stop_requested()
             signal.raise_signal(number)
-            assert runs.stop_requested()
+            assert run.stop_requested()
             assert signal.getsignal(number) == signal.SIG_DFL, "the next one ends the program"
-            raise KeyboardInterrupt
         assert signal.getsignal(number) == handler
     finally:
         signal.signal(number, old)
-    assert not runs.stop_requested()
-    assert stop.type is (KeyboardInterrupt if number == signal.SIGINT else flags.Terminated)
+    assert stop.value.number == number
     command = f'python "part2_training/v6d_checkpoints.py" --resume --out_dir "{tmp_path}"'
-    lines = ["stopping after this step", f"stopped and saved; to continue: {command}"]
+    lines = [
+        "stopping after this step or loss estimate",
+        f"stopped and saved; to continue: {command}",
+    ]
     assert capsys.readouterr().err.splitlines() == [f"folder: {tmp_path}", *lines]
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_the_program_ignores_stays_ignored(tmp_path, number):
+    """As SIGHUP under nohup, and SIGINT in the background of a shell."""
+    run = make_run(tmp_path)
+    old = signal.signal(number, signal.SIG_IGN)
+    try:
+        with run:
+            signal.raise_signal(number)
+            assert not run.stop_requested()
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, old)
+
+
+def test_an_error_matters_more_than_a_signal(tmp_path):
+    run = make_run(tmp_path)
+    with pytest.raises(data.InputError, match="no space"), run:
+        run.signals.append(signal.SIGINT)
+        raise data.InputError("no space")
 
 
 def test_the_command_to_continue_is_the_one_that_was_typed(tmp_path, capsys, monkeypatch):
     """A copy of a script, perhaps in another copy of the course, continues itself."""
     monkeypatch.setattr(sys, "argv", ["copies/v6d_checkpoints.py", "--device", "cpu"])
-    with pytest.raises(KeyboardInterrupt), runs.running(run_in(tmp_path)):
-        raise KeyboardInterrupt
+    run = make_run(tmp_path)
+    with pytest.raises(flags.Stopped), run:
+        run.signals.append(signal.SIGINT)
     script = Path("copies", "v6d_checkpoints.py")
     assert f'to continue: python "{script}" --resume --out_dir ' in capsys.readouterr().err
 
 
 def test_the_handlers_are_those_from_before_the_run(tmp_path):
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+    before = [signal.getsignal(number) for number in SIGNALS]
     for error in (None, KeyboardInterrupt, data.InputError):
         try:
-            with runs.running(run_in(tmp_path)):
-                assert all(signal.getsignal(number) not in before for number in numbers)
+            with make_run(tmp_path):
+                assert all(signal.getsignal(number) not in before for number in SIGNALS)
                 if error is not None:
                     raise error
         except (KeyboardInterrupt, data.InputError):
             pass
-        assert [signal.getsignal(number) for number in numbers] == before
+        assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_a_run_in_another_thread_leaves_signals_alone(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     seen = []
 
-    def run():
-        with runs.running(run_in(tmp_path)):
+    def use():
+        with make_run(tmp_path):
             seen.append(signal.getsignal(signal.SIGINT))
 
-    thread = threading.Thread(target=run)
+    thread = threading.Thread(target=use)
     thread.start()
     thread.join()
     assert seen == [before]
+
+
+def test_only_the_script_that_is_made_for_torchrun_works_with_it():
+    """The second process leaves the message to the first, which torchrun would end otherwise."""
+    program = "import bigram, time; time.sleep = print; bigram.main([])"
+    for rank, shown in {"0": "", "1": "60\n"}.items():
+        environment = os.environ | {"TORCHELASTIC_RUN_ID": "1", "RANK": rank, "WORLD_SIZE": "2"}
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=ROOT, env=environment, capture_output=True,
+            text=True,
+        )
+        assert (done.returncode, done.stdout) == (2, shown)
+        assert done.stderr.startswith("error: torchrun: only v8e_distributed.py can share its work")

@@ -12,6 +12,7 @@ import torch
 from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
+from lab.common import generate
 from lab.ladder import SCRIPTS, load
 from support import hardware
 
@@ -100,8 +101,9 @@ class ShapeTracer:
             known["n"], known["rows"], known["columns"] = names["matrices"].shape
         if "sizes" in names:
             known["sizes"] = names["sizes"]
-        if "context" in names:
-            known["context"] = names["context"]
+        for name in ("context", "cache"):  # whose attributes are in comments
+            if name in names:
+                known[name] = names[name]
         if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
             known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
@@ -155,9 +157,9 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             more = ["--temperature", "0.9", "--top_k", "9", "--top_p", "0.9"]
             script.main([*flags, "--sample_only", *more, "--repetition_penalty", "1.1"])
             script.main([*flags, "--sample_only", "--temperature", "0"])
-            script.LanguageModel(sizes, VOCAB_SIZE).generate(torch.zeros(2, 3).long(), 4)
-        if hasattr(script, "KVCache"):  # several tokens after others
             model = script.LanguageModel(sizes, VOCAB_SIZE)
+            generate(script, model, torch.zeros(2, 3).long(), 4, sizes)
+        if hasattr(script.LanguageModel, "make_caches"):  # several tokens after others
             caches = model.make_caches(2)
             model(torch.zeros(2, 2).long(), caches=caches)
             model(torch.zeros(2, 3).long(), caches=caches)
@@ -169,7 +171,7 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--out_dir", str(tmp_path / "off"), *off])
         if hasattr(script, "head_size_of"):
             script.main([*flags, "--out_dir", str(tmp_path / "long"), "--rope_factor", "8"])
-        if hasattr(script, "autocast"):
+        if hasattr(script, "get_batch"):
             monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs no GPU
             ids = np.zeros(50, dtype=np.uint16)
             script.get_batch(ids, tiny(script, device=LikeCuda("cpu")))
@@ -190,6 +192,7 @@ def test_shape_comments_of_the_helper(splits):
     def run():
         data.split(tokens, TINY["block_size"])
         data.get_batch(splits[0], *size, "cpu")
+        data.get_spread_batch(splits[0], 1, 3, *size, "cpu")
 
     tracer = run_traced(data.__file__, run)
     assert tracer.wrong == []

@@ -535,5 +535,5 @@ def test_the_least_validation_text_is_just_enough(tmp_path, corpus):
 def test_an_unknown_character_in_val_data_names_its_flag(tmp_path, corpus):
     other = tmp_path / "other.txt"
     other.write_text("Über " * 40, encoding="utf-8")
-    with pytest.raises(data.InputError, match="^--val_data: the model knows no 'Ü'"):
+    with pytest.raises(data.InputError, match="^--val_data: the model's alphabet has no 'Ü'"):
         splits_of("char", data=str(corpus), val_data=str(other))

@@ -8,7 +8,8 @@ from conftest import build, random_tokens, refused, tiny, tiny_flags
 
 from part5_modern import v9d_gqa as v9d
 from part6_speedrun import v10a_muon as v10a
-from support import hardware, runs
+from support import hardware
+from support.old import runs
 
 
 @pytest.fixture(params=[True, False], ids=["bfloat16", "float32"])

@@ -9,7 +9,8 @@ from conftest import build, random_tokens, refused, shaken, tiny, tiny_flags
 import data
 from part6_speedrun import v10b_tricks as v10b
 from part6_speedrun import v10c_speedrun as v10c
-from support import checkpoints, hardware, runs
+from support import hardware
+from support.old import checkpoints, runs
 
 # ---- attention without the fused kernel
 

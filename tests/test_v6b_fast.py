@@ -1,4 +1,7 @@
-"""v6b_fast.py computes what v6a does, in float32 and in bfloat16, and reports its speed."""
+"""v6b_fast.py computes what v6a does, in float32 and in bfloat16, and reports its speed.
+
+How the speed is measured is tested in test_stopwatch.py, and copies to a GPU in test_hardware.py.
+"""
 
 import copy
 import re
@@ -39,12 +42,12 @@ def relative_error(actual, expected):
 @pytest.mark.parametrize(
     ("device", "dtype", "n_embd", "expected"),
     [
-        ("cpu", "auto", 128, torch.bfloat16),
-        ("cpu", "auto", 127, torch.float32),
-        ("cuda:1", "auto", 96, torch.bfloat16),
-        ("cpu", "bfloat16", 96, torch.bfloat16),
-        ("cpu", "float32", 384, torch.float32),
-        ("cuda", "float32", 384, torch.float32),
+        ("cpu", "auto", 128, "bfloat16"),
+        ("cpu", "auto", 127, "float32"),
+        ("cuda:1", "auto", 96, "bfloat16"),
+        ("cpu", "bfloat16", 96, "bfloat16"),
+        ("cpu", "float32", 384, "float32"),
+        ("cuda", "float32", 384, "float32"),
     ],
 )
 def test_auto_means_bfloat16_except_for_a_narrow_model_on_a_cpu(
@@ -57,13 +60,13 @@ def test_auto_means_bfloat16_except_for_a_narrow_model_on_a_cpu(
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 def test_auto_means_float32_without_support_for_bfloat16(float32_hardware, device):
     for dtype in ("auto", "float32"):
-        assert v6b.choose_dtype(tiny(v6b, device=device, dtype=dtype, n_embd=384)) == torch.float32
+        assert v6b.choose_dtype(tiny(v6b, device=device, dtype=dtype, n_embd=384)) == "float32"
 
 
 def test_the_dtype_depends_on_the_device_of_the_settings(monkeypatch):
     monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: device == "cuda:1")
-    assert v6b.choose_dtype(tiny(v6b, device="cuda:1")) == torch.bfloat16
-    assert v6b.choose_dtype(tiny(v6b, device="cuda:0")) == torch.float32
+    assert v6b.choose_dtype(tiny(v6b, device="cuda:1")) == "bfloat16"
+    assert v6b.choose_dtype(tiny(v6b, device="cuda:0")) == "float32"
 
 
 def test_bfloat16_is_refused_where_the_hardware_does_not_support_it(
@@ -74,13 +77,49 @@ def test_bfloat16_is_refused_where_the_hardware_does_not_support_it(
     assert line.endswith("use --dtype float32")
 
 
+@pytest.mark.parametrize(("dtype", "expected"), [("auto", "bfloat16"), ("float32", "float32")])
+def test_a_run_chooses_its_dtype_once_and_shows_it(
+    bfloat16_hardware, corpus, capsys, monkeypatch, dtype, expected
+):
+    chosen, used = [], []
+    real_choose, real_autocast = v6b.choose_dtype, v6b.autocast
+
+    def choose_dtype(cfg):
+        chosen.append(cfg.dtype)
+        return real_choose(cfg)
+
+    def autocast(cfg):
+        used.append(cfg.dtype)
+        return real_autocast(cfg)
+
+    monkeypatch.setattr(v6b, "choose_dtype", choose_dtype)
+    monkeypatch.setattr(v6b, "autocast", autocast)
+    v6b.main([*tiny_flags(v6b, n_embd=129), "--data", str(corpus), "--dtype", dtype])
+    first_line = capsys.readouterr().err.splitlines()[0]
+    assert re.fullmatch(rf"model: [\d,]+ parameters, {expected}, on cpu", first_line)
+    assert chosen == [dtype]
+    assert used == [expected] * (3 + 3 * 2 * 2), "in each step, and each batch of an estimate"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_autocast_follows_the_settings_alone(monkeypatch, dtype):
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda _: pytest.fail("a second choice"))
+    with v6b.autocast(tiny(v6b, dtype=dtype, device="cpu:0")):
+        product = torch.ones(2, 2) @ torch.ones(2, 2)
+    assert product.dtype == getattr(torch, dtype)
+    calls = []
+    monkeypatch.setattr(torch, "autocast", lambda *args, **options: calls.append((args, options)))
+    v6b.autocast(tiny(v6b, dtype=dtype, device="cuda:1"))
+    assert calls == [(("cuda",), {"dtype": torch.bfloat16, "enabled": dtype == "bfloat16"})]
+
+
 def test_other_dtypes_are_refused(capsys):
     line = refused(v6b, capsys, "--dtype", "float16")
     assert "argument --dtype: invalid choice" in line
     assert "float32" in line
 
 
-def test_bfloat16_comes_close(bfloat16_hardware, monkeypatch):
+def test_bfloat16_comes_close(monkeypatch):
     """GELU stands in for ReLU, whose gradient jumps when rounding changes the sign of its input."""
     monkeypatch.setattr(F, "relu", F.gelu)
     model = build(v6b, n_head=4, n_embd=96, n_layer=3, block_size=64)
@@ -104,7 +143,7 @@ def test_bfloat16_comes_close(bfloat16_hardware, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_training_and_loss_estimates_run_in_the_chosen_dtype(bfloat16_hardware, splits, dtype):
+def test_training_and_loss_estimates_run_in_the_chosen_dtype(splits, dtype):
     cfg = tiny(v6b, dtype=dtype)
     model = build(v6b)
     used = set()
@@ -115,6 +154,10 @@ def test_training_and_loss_estimates_run_in_the_chosen_dtype(bfloat16_hardware, 
 
 
 # ---- training
+
+
+def losses_of(history):
+    return list(history.values())
 
 
 def test_training_in_float32_follows_v6a_with_a_fused_optimizer(splits):
@@ -129,21 +172,38 @@ def test_training_in_float32_follows_v6a_with_a_fused_optimizer(splits):
         histories.append(script.train(model, *splits, cfg))
         models.append(model)
     hook.remove()
-    np.testing.assert_allclose(histories[0], histories[1], rtol=1e-4)
+    assert list(histories[0]) == list(histories[1]) == [0, 10, 20, 30, 40]
+    np.testing.assert_allclose(losses_of(histories[0]), losses_of(histories[1]), rtol=1e-4)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
-    assert histories[0][-1][1] < histories[0][0][1] - 0.1
+    assert histories[0][40][0] < histories[0][0][0] - 0.1
     assert not any(fused[:40])
     assert fused[40:] == [True] * 40
 
 
-def test_batches_are_those_of_the_helper(splits):
+def test_a_step_copies_its_batch_without_making_python_wait(splits, monkeypatch):
+    """The batch that the seed gives, from the CPU to the device of the settings."""
     cfg = tiny(v6b)
+    model = build(v6b)
+    optimizer = torch.optim.AdamW(model.parameters())
+    copied, seen = [], []
+    real = hardware.to_device
+
+    def to_device(tensors, device):
+        copied.append((tensors, device))
+        return real([tensor.clone() for tensor in tensors], device)
+
+    monkeypatch.setattr(hardware, "to_device", to_device)
+    model.register_forward_hook(lambda _, args, __: seen.append(args))
+    torch.manual_seed(6)
+    v6b.train_step(model, optimizer, splits[0], cfg)
     torch.manual_seed(6)
     expected = data.get_batch(splits[0], cfg.batch_size, cfg.block_size, "cpu")
-    torch.manual_seed(6)
-    for actual, batch in zip(v6b.get_batch(splits[0], cfg), expected, strict=True):
-        assert torch.equal(actual, batch)
+    [(tensors, device)] = copied
+    assert device == cfg.device
+    for batch in (tensors, *seen):
+        assert all(map(torch.equal, batch, expected))
+    assert len(seen) == 1
 
 
 class LikeCuda(str):
@@ -153,26 +213,23 @@ class LikeCuda(str):
         return prefix == "cuda"
 
 
-@pytest.mark.parametrize(("device", "n_pinned"), [("cpu", 0), (LikeCuda("cpu"), 2)])
-def test_batches_for_a_gpu_come_from_pinned_memory(splits, monkeypatch, device, n_pinned):
-    pinned, sent = [], []
-    real = torch.Tensor.to
+def test_the_batches_of_training_on_a_gpu_come_from_pinned_memory(splits, monkeypatch):
+    pinned = []
 
     def pin(tensor):
-        pinned.append(tensor.clone())
-        return pinned[-1]
-
-    def send(tensor, *args, non_blocking=False):
-        if non_blocking:
-            sent.append(tensor)
-        return real(tensor, *args, non_blocking=non_blocking)
+        pinned.append(tuple(tensor.shape))
+        return tensor
 
     monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    monkeypatch.setattr(torch.Tensor, "to", send)
-    v6b.get_batch(splits[0], tiny(v6b, device=device))
-    assert len(pinned) == n_pinned
-    assert len(sent) == 2
-    assert all(any(a is b for b in sent) for a in pinned)
+    v6b.train(build(v6b), *splits, tiny(v6b, device=LikeCuda("cpu")))
+    assert pinned == [(4, 5), (4, 5)] * 3
+
+
+def test_training_keeps_freed_memory(splits, monkeypatch):
+    calls = []
+    monkeypatch.setattr(hardware, "keep_freed_memory", lambda: calls.append(1))
+    v6b.train(build(v6b), *splits, tiny(v6b, max_iters=0))
+    assert calls == [1]
 
 
 # ---- torch.compile
@@ -209,78 +266,31 @@ def test_compiling_changes_no_loss(splits, monkeypatch):
         histories.append(v6b.train(model, *splits, tiny(v6b, compile=switch)))
     assert compiled[-1] is model
     assert runs.count(model) == 3, "one for each step"
-    np.testing.assert_allclose(*histories, rtol=1e-5)
+    np.testing.assert_allclose(*map(losses_of, histories), rtol=1e-5)
 
 
-# ---- tokens per second
+def test_without_compile_a_model_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda _: pytest.fail("not wanted"))
+    model = build(v6b)
+    assert v6b.compile_model(model, tiny(v6b, compile=False)) is model
 
 
-class Gpu:
-    """A GPU's clock: a step takes 2 seconds, a loss estimate 1000, and the first step 500 more.
+def test_the_compiler_is_tried_on_the_device_of_the_settings(monkeypatch):
+    calls = []
 
-    Python doesn't notice how long a step takes before it waits for the GPU.
-    """
+    def compiler(target):
+        calls.append(target)
+        return "the compiled model"
 
-    def __init__(self, monkeypatch):
-        self.now = 0.0
-        self.queued = 500.0
-        self.real_batch = v6b.get_batch
-        monkeypatch.setattr(v6b, "get_batch", self.batch)
-        monkeypatch.setattr(v6b, "estimate_loss", self.estimate)
-        monkeypatch.setattr(v6b, "wait_for", self.wait)
-        monkeypatch.setattr(v6b.time, "perf_counter", self.clock)
-
-    def batch(self, tokens, cfg):
-        self.queued += 2
-        return self.real_batch(tokens, cfg)
-
-    def estimate(self, *_):
-        self.queued += 1000
-        self.wait()
-        return 1.0
-
-    def wait(self, device="cpu"):
-        self.now += self.queued
-        self.queued = 0.0
-
-    def clock(self):
-        self.now += 1e-9  # no two readings are the same
-        return self.now
+    monkeypatch.setattr(hardware, "check_compiler", calls.append)
+    monkeypatch.setattr(torch, "compile", compiler)
+    model = build(v6b)
+    cfg = tiny(v6b, compile=True, device="cuda:1")
+    assert v6b.compile_model(model, cfg) == "the compiled model"
+    assert calls == ["cuda:1", model]
 
 
-@pytest.mark.parametrize(
-    ("max_iters", "eval_interval", "expected"),
-    [
-        (5, 2, {0: "", 2: "10", 4: "10", 5: "10"}),
-        (5, 5, {0: "", 5: "10"}),
-        (3, 1, {0: "", 1: "", 2: "10", 3: "10"}),
-        (0, 1, {0: ""}),
-    ],
-)
-def test_tokens_per_second_count_neither_loss_estimates_nor_the_first_step(
-    splits, monkeypatch, capsys, max_iters, eval_interval, expected
-):
-    """4 windows of 5 tokens in 2 seconds are 10 tokens/s."""
-    Gpu(monkeypatch)
-    v6b.train(build(v6b), *splits, tiny(v6b, max_iters=max_iters, eval_interval=eval_interval))
-    out = capsys.readouterr().out
-    lines = re.findall(r"^step (\d+):.* val loss 1\.0000(?:, (.*) tokens/s)?$", out, re.MULTILINE)
-    assert {int(step): speed for step, speed in lines} == expected
-
-
-def test_waiting_reads_a_number_from_the_device_of_the_settings(monkeypatch):
-    read = []
-
-    class Number:
-        def __init__(self, *_, device):
-            self.device = device
-
-        def item(self):
-            read.append(self.device)
-
-    monkeypatch.setattr(torch, "zeros", Number)
-    v6b.wait_for("cuda:1")
-    assert read == ["cuda:1"]
+# ---- a whole run
 
 
 def test_a_run_prints_losses_its_speed_and_a_sample(corpus, capsys):
@@ -292,16 +302,3 @@ def test_a_run_prints_losses_its_speed_and_a_sample(corpus, capsys):
         assert re.fullmatch(rf"step {step}: train loss {loss}, val loss {loss}{speed}", line)
     assert lines[3].startswith("The ")
     assert len(lines[3]) == 4 + 7 + 1
-
-
-def test_pinned_batches_are_contiguous(splits, monkeypatch):
-    """PyTorch copies other tensors to ordinary memory before it sends them to a GPU."""
-    pinned = []
-
-    def pin(tensor):
-        pinned.append(tensor.is_contiguous())
-        return tensor
-
-    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
-    v6b.get_batch(splits[0], tiny(v6b, device=LikeCuda("cpu")))
-    assert pinned == [True, True]

@@ -1,7 +1,6 @@
-"""v7a_sampling.py: the filters compared with transformers, the stop, samples, prompts, streams."""
+"""v7a_sampling.py: the filters compared with transformers, samples, prompts, streams."""
 
 import io
-import itertools
 import math
 import sys
 
@@ -132,15 +131,15 @@ def test_the_four_steps_are_in_the_order_of_transformers(kind, temperature, top_
     assert torch.equal(logits, LOGITS[kind])
 
 
-@pytest.mark.parametrize("off", [0, 1])
-def test_a_step_that_is_off_is_left_out(monkeypatch, off):
+@pytest.mark.parametrize("top_p", [0.0, 1.0])
+def test_a_step_that_is_off_is_left_out(monkeypatch, top_p):
     def fail(*_):
         raise AssertionError("is off, but was used")
 
-    for name in ("apply_top_k", "apply_top_p"):
+    for name in ("apply_repetition_penalty", "apply_top_k", "apply_top_p"):
         monkeypatch.setattr(v7a, name, fail)
     logits = LOGITS["random"]
-    settings = {"repetition_penalty": float(off), "top_k": 0, "top_p": float(off)}
+    settings = {"repetition_penalty": 1.0, "top_k": 0, "top_p": top_p}
     actual = probabilities_drawn_from(logits, used_tokens(logits), **settings)
     assert torch.equal(actual, F.softmax(logits, dim=-1))
 
@@ -148,7 +147,7 @@ def test_a_step_that_is_off_is_left_out(monkeypatch, off):
 @pytest.mark.parametrize("kind", LOGITS)
 def test_extreme_settings_still_give_probabilities(kind):
     logits = LOGITS[kind] / 1e3
-    extremes = [(1e-6, 1e-9, 0.01), (1e9, 1.0, 100.0), (1e-6, 1.0, 100.0), (1.0, 1.0, 1e-40)]
+    extremes = [(1e-6, 1e-9, 0.01), (1e9, 1.0, 100.0), (1e-6, 1.0, 100.0), (1.0, 1.0, 0.01)]
     for temperature, top_p, penalty in extremes:
         settings = {"temperature": temperature, "top_p": top_p, "repetition_penalty": penalty}
         sums = probabilities_drawn_from(logits, used_tokens(logits), **settings).sum(-1)
@@ -183,6 +182,11 @@ def decisive(model):
     return model
 
 
+def generate(model, idx, n, **settings):
+    """idx, int64 (B, T), and n tokens after it."""
+    return torch.cat([idx, *model.stream(idx, n, tiny(v7a, **settings))], dim=1)
+
+
 def test_by_default_the_text_is_that_of_v6d():
     old, new = decisive(build(v6d)), build(v7a)
     new.load_state_dict(old.state_dict())
@@ -190,100 +194,35 @@ def test_by_default_the_text_is_that_of_v6d():
     torch.manual_seed(5)
     expected = old.generate(idx, 20)
     torch.manual_seed(5)
-    assert torch.equal(new.generate(idx, 20), expected)
+    assert torch.equal(generate(new, idx, 20), expected)
 
 
-def test_generate_chooses_tokens_as_the_settings_say():
-    model = decisive(build(v7a, temperature=0.0, repetition_penalty=100.0))
+def test_tokens_are_chosen_as_the_settings_of_each_call_say():
+    model = decisive(build(v7a))
     idx = random_tokens(2, 3)
-    expected = idx
-    for _ in range(9):
-        logits, _ = model(expected[:, -5:])
-        penalised = RepetitionPenaltyLogitsProcessor(100.0)(expected, logits[:, -1])
-        expected = torch.cat((expected, penalised.argmax(1, keepdim=True)), dim=1)
-    assert torch.equal(model.generate(idx, 9), expected)
-    assert torch.equal(torch.cat(list(model.stream(idx, 9)), dim=1), expected[:, 3:])
+    texts = []
+    for penalty in (100.0, 1.0):
+        expected = idx
+        for _ in range(9):
+            logits, _ = model(expected[:, -5:])
+            penalised = RepetitionPenaltyLogitsProcessor(penalty)(expected, logits[:, -1])
+            expected = torch.cat((expected, penalised.argmax(1, keepdim=True)), dim=1)
+        actual = generate(model, idx, 9, temperature=0.0, repetition_penalty=penalty)
+        assert torch.equal(actual, expected)
+        texts.append(expected)
+    assert not torch.equal(*texts)
 
 
 def test_gradients_are_off_for_a_token_and_on_again_between_two():
     model = build(v7a)
     seen = []
     model.register_forward_hook(lambda *_: seen.append(torch.is_grad_enabled()))
-    for _ in model.stream(random_tokens(1, 2), 3):
+    for _ in model.stream(random_tokens(1, 2), 3, tiny(v7a)):
         assert torch.is_grad_enabled()
-    out = model.generate(random_tokens(1, 2), 3)
+    out = generate(model, random_tokens(1, 2), 3)
     assert seen == [False] * 6
     model(out[:, :-1], out[:, 1:])[1].backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-# ---- from tokens to text
-
-
-class Words:
-    """A tokenizer whose tokens are the given strings."""
-
-    def __init__(self, words):
-        self.words = words
-
-    def decode(self, tokens):
-        return "".join(self.words[token] for token in tokens)
-
-
-def pieces(words, stop=""):
-    """What stream_text shows for tokens that stand for these strings."""
-    tokens = (torch.tensor([[i]]) for i in range(len(words)))
-    return list(v7a.stream_text(tokens, Words(words), stop))
-
-
-def test_without_a_stop_each_token_is_shown_at_once():
-    tokens = iter([torch.tensor([[i]]) for i in range(3)])
-    text = v7a.stream_text(tokens, Words("abc"), "")
-    assert next(text) == "a"
-    assert len(list(tokens)) == 2, "those after the first are not asked for"
-    assert "".join(pieces("one two")) == "one two"
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "expected"),
-    [
-        ("one\n\ntwo", "\n\n", "one"),
-        ("one two", "\n\n", "one two"),
-        ("one\n", "\n\n", "one\n"),
-        ("aaab", "aab", "a"),
-        ("abababc", "ababc", "ab"),
-        ("END", "END", ""),
-        ("so ENENDX", "END", "so EN"),
-        ("one, two, three", ", ", "one"),
-        ("one, two", ",", "one"),
-        ("x世界y", "世界", "x"),
-        ("x", "x" * 50, "x"),
-        ("", "stop", ""),
-    ],
-)
-def test_the_text_ends_before_the_stop(text, stop, expected):
-    """However many characters a token has; what was shown is never taken back."""
-    for n in (1, 2, 3, len(text) + 1):
-        words = [text[i : i + n] for i in range(0, len(text), n)]
-        assert "".join(pieces(words, stop)) == expected
-
-
-def test_a_stop_may_lie_inside_a_token_or_across_two():
-    words = ["one. ", "two; th", "ree"]
-    assert "".join(pieces(words, "; t")) == "one. two"
-    assert "".join(pieces(words, "thr")) == "one. two; "
-    assert "".join(pieces(words, "other")) == "one. two; three"
-
-
-def test_only_what_may_be_the_beginning_of_the_stop_waits():
-    shown = itertools.accumulate(len(piece) for piece in pieces("x" * 20, "stop"))
-    assert list(shown) == [max(0, n - 3) for n in range(1, 21)] + [20]
-
-
-def test_nothing_is_generated_after_the_stop():
-    tokens = iter([torch.tensor([[i]]) for i in range(9)])
-    assert "".join(v7a.stream_text(tokens, Words("one; two;"), "; ")) == "one"
-    assert next(tokens).item() == 5
 
 
 # ---- the command line
@@ -375,6 +314,13 @@ def test_each_sample_stops_at_its_own_place(sampling, capsys, monkeypatch):
     assert not any("o" in text for text in texts)
 
 
+def test_without_a_prompt_the_text_starts_with_a_newline(sampling, capsys):
+    text = output(capsys, *sampling, "--prompt", "")
+    assert text.startswith("\n")
+    assert len(text) == 1 + 60 + 1
+    assert text == output(capsys, *sampling, "--prompt", "\n")
+
+
 def test_a_prompt_can_come_from_a_file(sampling, capsys, tmp_path):
     path = tmp_path / "prompt.txt"
     path.write_bytes("\ufeffThe quick\r\nbrown fox".encode())
@@ -383,17 +329,23 @@ def test_a_prompt_can_come_from_a_file(sampling, capsys, tmp_path):
     assert text == output(capsys, *sampling, "--prompt", "The quick\nbrown fox")
 
 
-@pytest.mark.parametrize("name", ["python", "shakespeare"])
-def test_a_prompt_file_may_have_the_name_of_a_corpus(sampling, capsys, tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / name).write_text("The fox", encoding="utf-8")
-    assert output(capsys, *sampling, "--prompt_file", name).startswith("The fox")
+def test_a_checkpoint_keeps_the_prompt_and_not_the_name_of_its_file(corpus, tmp_path, capsys):
+    path = tmp_path / "prompt.txt"
+    path.write_text("The fox", encoding="utf-8")
+    flags = tiny_flags(v7a, out_dir=tmp_path / "run", temperature=0, prompt="dog")
+    expected = output(capsys, *flags, "--data", corpus, "--prompt_file", path)
+    path.unlink()
+    again = ["--sample_only", "--out_dir", tmp_path / "run"]
+    text = output(capsys, *again)
+    assert text.startswith("The fox")
+    assert expected.endswith("\n" + text)
+    assert output(capsys, *again, "--prompt", "hen").startswith("hen")
 
 
 def test_unknown_characters_in_a_prompt_file_are_refused(sampling, capsys, tmp_path):
     (tmp_path / "prompt.txt").write_text("Zebra", encoding="utf-8")
     line = refused(v7a, capsys, *sampling, "--prompt_file", tmp_path / "prompt.txt")
-    assert line.startswith("error: --prompt_file: the model knows no 'Z'")
+    assert line.startswith("error: --prompt_file: the model's alphabet has no 'Z'")
 
 
 @pytest.mark.parametrize(
@@ -401,8 +353,9 @@ def test_unknown_characters_in_a_prompt_file_are_refused(sampling, capsys, tmp_p
     [
         ("temperature", "-0.1"), ("temperature", "nan"), ("temperature", "inf"),
         ("top_k", "-1"), ("top_p", "-0.1"), ("top_p", "1.01"), ("top_p", "nan"),
-        ("repetition_penalty", "-1"), ("repetition_penalty", "101"), ("num_samples", "0"),
-        ("stop", "Zebra"), ("prompt_file", "missing.txt"),
+        ("repetition_penalty", "-1"), ("repetition_penalty", "101"), ("repetition_penalty", "0"),
+        ("repetition_penalty", "0.009"), ("num_samples", "0"),
+        ("prompt", "Zebra"), ("stop", "Zebra"), ("prompt_file", "missing.txt"),
     ],
 )  # fmt: skip
 def test_bad_values_are_refused(sampling, capsys, name, value):

@@ -1,5 +1,7 @@
 """v8b_gpt2_tokens.py: byte pairs, characters of several tokens, losses per character, runs.
 
+The model is that of v7b, with its cache.
+
 How texts become files of token ids is tested in test_token_files.py.
 """
 
@@ -15,13 +17,16 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import TEXT, refused, tiny, tiny_flags
+from conftest import TEXT, build, random_tokens, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
 from data import token_files
+from lab.common import generate
+from part3_generation import v7b_kv_cache as v7b
 from part4_gpt2 import v8b_gpt2_tokens as v8b
-from support import runs
+from support import hardware
+from support.old import runs
 
 
 def small_encoding() -> tiktoken.Encoding:
@@ -68,6 +73,102 @@ def output(capsys, *words) -> tuple[str, str]:
 
 def saved(folder, name="latest.pt"):
     return torch.load(Path(folder) / name, weights_only=True)
+
+
+# ---- the model
+
+
+def decisive(model):
+    """The model with random weights that make each choice uneven, and depend on the whole text."""
+    for name, parameter in model.named_parameters():
+        mean = float(parameter.ndim == 1 and name.endswith("weight"))  # those of LayerNorm
+        std = 0.5 if parameter.ndim == 2 else 0.1
+        torch.nn.init.normal_(parameter, mean, std)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3}],
+    ids=["by default", "with all filters"],
+)
+def test_with_characters_the_text_is_that_of_v7b(sampling):
+    """Before the caches are full, and after they have started again."""
+    old, new = build(v7b).eval(), decisive(build(v8b, **sampling))
+    weights = new.state_dict().items()
+    old.load_state_dict({name.replace("ln_", "norm_"): weight for name, weight in weights})
+    idx = random_tokens(3, 2)
+    torch.manual_seed(5)
+    expected = generate(v7b, old, idx, 20, tiny(v7b, **sampling))
+    torch.manual_seed(5)
+    assert torch.equal(new.generate(idx, 20), expected)
+
+
+@pytest.mark.parametrize("lengths", [[24], [1] * 24, [10, 1, 1, 12], [3, 4, 1, 9, 7], [1, 23]])
+def test_tokens_may_come_to_the_cache_in_pieces_of_any_length(lengths):
+    model = decisive(build(v8b, block_size=24))
+    idx = random_tokens(3, 24)
+    caches = model.make_caches(3)
+    pieces = [model(piece, caches=caches)[0] for piece in idx.split(lengths, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0])
+    assert [cache.length for cache in caches] == [24, 24]
+
+
+@pytest.mark.parametrize(
+    ("n_embd", "dtype", "supported", "expected"),
+    [
+        (128, "auto", True, torch.bfloat16),
+        (18, "bfloat16", True, torch.bfloat16),
+        (18, "auto", True, torch.float32),
+        (128, "float32", True, torch.float32),
+        (128, "auto", False, torch.float32),
+    ],
+)
+def test_weights_have_the_dtype_of_the_matmuls_while_sampling(
+    corpus, capsys, monkeypatch, n_embd, dtype, supported, expected
+):
+    """But a token is chosen in float32, and what is trained and saved is float32, too."""
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: supported)
+    weights, logits, trained = set(), set(), set()
+    real_stream, real_choose, real_train = v8b.LanguageModel.stream, v8b.choose_token, v8b.train
+
+    def stream(model, *args):
+        weights.update(parameter.dtype for parameter in model.parameters())
+        return real_stream(model, *args)
+
+    def choose_token(*args):
+        logits.add(args[0].dtype)
+        return real_choose(*args)
+
+    def train(model, *args):
+        trained.update(parameter.dtype for parameter in model.parameters())
+        return real_train(model, *args)
+
+    monkeypatch.setattr(v8b.LanguageModel, "stream", stream)
+    monkeypatch.setattr(v8b, "choose_token", choose_token)
+    monkeypatch.setattr(v8b, "train", train)
+    sizes = {"n_embd": n_embd, "n_head": 2, "n_layer": 1, "dtype": dtype}
+    out, _ = output(
+        capsys, *flags(corpus, "char", max_iters=1, max_new_tokens=30, prompt="The ", **sizes)
+    )
+    assert (weights, logits, trained) == ({expected}, {torch.float32}, {torch.float32})
+    sample = out.partition("bits per character\n")[2]
+    assert sample.startswith("The ")
+    assert len(sample) == 4 + 30 + 1
+    assert set(sample) <= set(TEXT)
+
+
+def test_generation_in_bfloat16_is_close_to_that_in_float32():
+    model = decisive(build(v8b, block_size=24))
+    idx = random_tokens(3, 24)
+    expected, _ = model(idx)
+    model.bfloat16()
+    caches = model.make_caches(3)
+    with torch.no_grad():
+        pieces = [model(piece, caches=caches)[0] for piece in idx.split([9, 1, 1, 13], dim=1)]
+    logits = torch.cat(pieces, dim=1)
+    assert logits.dtype == torch.bfloat16
+    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
 
 
 # ---- the tokenizer

@@ -13,7 +13,8 @@ from conftest import TINY, VOCAB_SIZE, random_tokens, tiny, tiny_flags
 
 from lab.ladder import ROOT
 from part4_gpt2 import v8e_distributed as v8e
-from support import checkpoints, processes
+from support import processes
+from support.old import checkpoints
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 needs_gloo = pytest.mark.skipif(os.name == "nt", reason="gloo under torchrun is not for Windows")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, shaken, tiny
 
+from lab.common import generate
 from part3_generation import v7b_kv_cache as v7b
 from part5_modern import v9a_rmsnorm as v9a
 
@@ -14,6 +15,10 @@ def make_norms(size):
     torch.nn.init.normal_(ours.weight)
     theirs.load_state_dict(ours.state_dict())
     return ours, theirs
+
+
+def with_names_of_v7b(weights):
+    return {name.replace("ln_", "norm_"): weight for name, weight in weights.items()}
 
 
 def without_biases(model):
@@ -69,20 +74,35 @@ def test_weights_in_bfloat16_scale_the_result():
 
 def test_it_is_v7b_with_rmsnorm_and_no_biases():
     old, new = without_biases(build(v7b)), shaken(build(v9a))
-    report = old.load_state_dict(new.state_dict(), strict=False)
+    report = old.load_state_dict(with_names_of_v7b(new.state_dict()), strict=False)
     assert not report.unexpected_keys
     assert report.missing_keys, "the biases"
     assert all(name.endswith("bias") for name in report.missing_keys)
     idx, targets = random_tokens(3, 5), random_tokens(3, 5)
     for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
         torch.testing.assert_close(actual, expected)
+    torch.manual_seed(5)
+    expected = generate(v7b, old, idx[:, :2], 20, tiny(v7b))
+    torch.manual_seed(5)
+    assert torch.equal(new.generate(idx[:, :2], 20), expected)
+
+
+@pytest.mark.parametrize("lengths", [[24], [1] * 24, [10, 1, 1, 12], [3, 4, 1, 9, 7], [1, 23]])
+def test_tokens_may_come_to_the_cache_in_pieces_of_any_length(lengths):
+    model = shaken(build(v9a, block_size=24))
+    idx = random_tokens(3, 24)
+    caches = model.make_caches(3)
+    pieces = [model(piece, caches=caches)[0] for piece in idx.split(lengths, dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0])
+    assert [cache.length for cache in caches] == [24, 24]
 
 
 def test_there_are_no_biases_and_no_layernorm():
     old, new = build(v7b), build(v9a)
     biases = {name for name, _ in old.named_parameters() if name.endswith("bias")}
     sizes = {name: p.shape for name, p in old.named_parameters() if name not in biases}
-    assert {name: p.shape for name, p in new.named_parameters()} == sizes
+    weights = with_names_of_v7b(dict(new.named_parameters()))
+    assert {name: p.shape for name, p in weights.items()} == sizes
     assert not any(isinstance(module, torch.nn.LayerNorm) for module in new.modules())
 
 

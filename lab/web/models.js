@@ -169,8 +169,8 @@ function feedForward(x, parameters) {
 // Block: attention and a feed-forward network. Each adds to x instead of replacing it.
 // (N, n_embd) -> (N, n_embd).
 function block(x, parameters, cache) {
-  x = add(x, multiHeadAttention(layerNorm(x, parameters.ln_1), parameters.attention, cache));
-  return add(x, feedForward(layerNorm(x, parameters.ln_2), parameters.feed_forward));
+  x = add(x, multiHeadAttention(layerNorm(x, parameters.norm_1), parameters.attention, cache));
+  return add(x, feedForward(layerNorm(x, parameters.norm_2), parameters.feed_forward));
 }
 
 // ---- The models: the forward passes, from new token ids, (N), to their logits, (N, V)
@@ -210,7 +210,7 @@ const forward = {
     for (const parameters of model.blocks) {
       x = block(x, parameters, cache); // (N, n_embd)
     }
-    x = layerNorm(x, model.ln_f); // (N, n_embd)
+    x = layerNorm(x, model.norm_f); // (N, n_embd)
     return linear(x, model.lm_head); // (N, V)
   },
 };
@@ -250,8 +250,8 @@ function unpack({ shape, float16 }) {
   return shape.length === 2 ? new Matrix(shape[0], shape[1], values) : values;
 }
 
-// A model from its packed parameters, which have PyTorch's names. "blocks.0.ln_1.weight" becomes
-// model.blocks[0].ln_1.weight.
+// A model from its packed parameters, which have PyTorch's names. "blocks.0.norm_1.weight" becomes
+// model.blocks[0].norm_1.weight.
 function loadModel(packed) {
   const model = {};
   for (const [name, parameter] of Object.entries(packed)) {

@@ -29,17 +29,16 @@ from tqdm import tqdm
 
 import data
 from data import token_files
-from lab.evaluate import whole_loss
-from lab.ladder import SCRIPTS, load, source, split_docstring
+from lab.common import generate, has_old_loop, train, whole_loss
+from lab.ladder import load, source, split_docstring
 
 # The models that the page brings to life.
 LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
 # These scripts train exactly as another one, so they get its weights instead of training again.
 # tests/test_page.py shows that they do.
 SAME_TRAINING = {
-    "v6d_checkpoints": "v6c_recipe",
-    "v7a_sampling": "v6c_recipe",
-    "v7b_kv_cache": "v6c_recipe",
+    "v7a_sampling": "v6d_checkpoints",
+    "v7b_kv_cache": "v6d_checkpoints",
     "v8d_gpt2_weights": "v8c_gpt2",
     "v11a_llama": "v9d_gqa",
     "v11b_tokenizer": "v9d_gqa",
@@ -259,7 +258,7 @@ def train_job(job: Job, folder: Path) -> tuple[Result, dict[str, torch.Tensor]]:
     training = training_of(job)
     if training is None:
         start = time.perf_counter()
-        history = script.train(model, train_data, val_data, cfg)
+        history = train(script, model, train_data, val_data, cfg)
         seconds = time.perf_counter() - start
     else:
         made = load_result(training, folder)
@@ -271,10 +270,10 @@ def train_job(job: Job, folder: Path) -> tuple[Result, dict[str, torch.Tensor]]:
     val_loss = whole_loss(model, val_data, cfg)
     if hasattr(cfg, "sample_only"):  # from v6d on, main() does this before it samples
         torch.manual_seed(cfg.seed)
-    if SCRIPTS.index(job.script) >= SCRIPTS.index("v7b_kv_cache"):  # and this, too
+    if has_old_loop(script):  # and this, too
         model.to(script.choose_dtype(cfg))
     n_tokens = round(SAMPLE_LENGTH / token_length)
-    sample = model.generate(prompt, n_tokens)  # (1, T + n_tokens)
+    sample = generate(script, model, prompt, n_tokens, cfg)  # (1, T + n_tokens)
     result = Result(
         name=job.name,
         script=job.script,
