@@ -79,7 +79,7 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     tokenizer: str = setting(
-        "auto: gpt2, if it can be had", "auto", choices=["auto", "gpt2", "char"]
+        "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
     val_data: str = setting("text or .bin to validate on, not 10% of data", "")
 
@@ -569,7 +569,7 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         if cfg.resume or cfg.sample_only:
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 

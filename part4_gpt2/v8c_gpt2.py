@@ -88,7 +88,7 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     tokenizer: str = setting(
-        "auto: gpt2, if it can be had", "auto", choices=["auto", "gpt2", "char"]
+        "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
     val_data: str = setting("text or .bin to validate on, not 10% of data", "")
     norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
@@ -589,12 +589,12 @@ def main(argv: list[str] | None = None) -> None:
     with data.command_line():
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.preset:
-            # Now its sizes take the place of the defaults.
+            # Parse again, with the sizes of the preset as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=PRESETS[cfg.preset])
         state = None
         if cfg.resume or cfg.sample_only:
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 

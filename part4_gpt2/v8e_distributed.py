@@ -111,7 +111,7 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     tokenizer: str = setting(
-        "auto: gpt2, if it can be had", "auto", choices=["auto", "gpt2", "char"]
+        "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
     val_data: str = setting("text or .bin to validate on, not 10% of data", "")
     norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
@@ -682,7 +682,7 @@ def main(argv: list[str] | None = None) -> None:
         processes.mute()  # all but the first process, which would print the same
         cfg = data.read_flags(Config, __doc__, argv)
         if cfg.preset:
-            # Now its sizes take the place of the defaults.
+            # Parse again, with the sizes of the preset as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=PRESETS[cfg.preset])
         state, released = None, None
         if cfg.init_from:
@@ -694,7 +694,7 @@ def main(argv: list[str] | None = None) -> None:
         elif cfg.resume or cfg.sample_only:
             export_to = cfg.export
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
             if cfg.sample_only:
                 cfg = replace(cfg, export=export_to)  # not again where the run has exported to

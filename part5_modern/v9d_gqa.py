@@ -10,8 +10,8 @@ n_kv_head equal to n_head, it is the attention of v9c; with n_kv_head 1, it is m
 New here: n_kv_head.
 Run it:   python part5_modern/v9d_gqa.py
           python part5_modern/v9d_gqa.py --n_kv_head 1
-Expect:   a validation loss of about 1.56; v9c_swiglu.py reaches 1.57, a difference that another
-          seed makes, too. The cache has half the size, and at full size a third.
+Expect:   a validation loss of about 1.56; v9c_swiglu.py reaches 1.57, which is within seed noise.
+          The cache has half the size, and at full size a third.
 Diff:     git diff --no-index part5_modern/v9c_swiglu.py part5_modern/v9d_gqa.py
 """
 
@@ -575,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         if cfg.resume or cfg.sample_only:
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 

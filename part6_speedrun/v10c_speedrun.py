@@ -56,7 +56,7 @@ LONGEST = {
     **SHORT, "batch_size": 3, "n_embd": 384, "n_head": 6, "n_kv_head": 6, "learning_rate": 5e-3,
     "calibration": 1.25, "eval_interval": 2000, "eval_iters": 73,
 }
-BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # from so many minutes on
+BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes: settings
 BY_CLOCK = 10**9  # max_iters of a run that ends when its time is over
 
 
@@ -763,7 +763,7 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         if cfg.resume or cfg.sample_only:
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 

@@ -658,7 +658,7 @@ def main(argv: list[str] | None = None) -> None:
         state = None
         if cfg.resume or cfg.sample_only:
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
         torch.manual_seed(cfg.seed)
 

@@ -729,7 +729,7 @@ def main(argv: list[str] | None = None) -> None:
         elif cfg.resume or cfg.sample_only:
             export_to = cfg.export
             state = runs.find_checkpoint(cfg)
-            # Now its settings take the place of the defaults.
+            # Parse again, with the settings of the checkpoint as defaults.
             cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
             if cfg.sample_only:
                 cfg = replace(cfg, export=export_to)  # as typed now, not as in the run
