@@ -7,8 +7,8 @@ outputs are as wide as its output. A linear projection then mixes what the heads
 
     multi_head(x) = concat(head_1(x), ..., head_n(x)) @ W + b
 
-(In v3 and v4, the layer after the projection is linear too, and could learn to mix the heads
-itself. From v5 on, that layer gets the projection's output added to x and normalised, so it can't.)
+(In v3 and v4, the next layer is linear too, so the projection adds nothing that it couldn't learn.
+From v5 on, an addition and a normalisation stand between them.)
 
 New here: MultiHeadAttention, which takes the place of the single Head in the model.
 Run it:   python v3_multi_head.py

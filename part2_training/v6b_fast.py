@@ -286,7 +286,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
     return history
 

@@ -341,7 +341,7 @@ def compile_model(model: LanguageModel, cfg: Config) -> Callable:
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after this number of steps; run.save adds the settings."""
+    """What training needs to go on after step steps; run.save adds settings and characters."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),  # with AdamW's averages m and v
@@ -393,7 +393,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
     return run.history
 
@@ -407,7 +407,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(saved.get("characters", text))
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -416,7 +416,7 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            run = runs.Run(cfg, __file__, tokenizer, text, saved)
+            run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)

@@ -111,7 +111,7 @@ class KVCache:
         self.length = 0  # the number of tokens in the cache
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens so far."""
+        """Add T keys and values, float (B, n_head, T, head_size) each; return all of them."""
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
@@ -149,7 +149,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal shows query i the keys 0 to i: a single query, the newest, only the first key.
+        # is_causal would take a single new query for query 0, and show it nothing but key 0.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
@@ -365,7 +365,7 @@ def compile_model(model: LanguageModel, cfg: Config) -> Callable:
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after this number of steps; run.save adds the settings."""
+    """What training needs to go on after step steps; run.save adds settings and characters."""
     return {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),  # with AdamW's averages m and v
@@ -417,7 +417,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
     return run.history
 
@@ -431,7 +431,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(saved.get("characters", text))
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -440,7 +440,7 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            run = runs.Run(cfg, __file__, tokenizer, text, saved)
+            run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
