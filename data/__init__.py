@@ -12,8 +12,8 @@ from data.corpora import load_text
 from data.flags import InputError, command_line, read_flags, setting
 
 __all__ = [
-    "CharTokenizer", "InputError", "command_line", "get_batch", "get_spread_batch", "get_windows",
-    "load_text", "mix_seed", "read_flags", "setting", "split",
+    "CharTokenizer", "InputError", "command_line", "get_batch", "get_windows", "load_text",
+    "read_flags", "setting", "split",
 ]
 
 
@@ -67,15 +67,6 @@ def split(
     return tokens[:n_train], tokens[n_train:]
 
 
-def mix_seed(*numbers: int) -> int:
-    """Return one seed for several numbers.
-
-    Not their sum: then a run with seed 1338 would have the batches of one with seed 1337, each of
-    them a step earlier.
-    """
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
-
-
 def get_batch(
     tokens: np.ndarray, batch_size: int, block_size: int, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -97,16 +88,3 @@ def get_windows(
     windows = tokens[positions].astype(np.int64)  # (B, T + 1)
     windows = torch.from_numpy(windows).to(device)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]  # (B, T) and (B, T)
-
-
-def get_spread_batch(
-    tokens: np.ndarray, i: int, n_batches: int, batch_size: int, block_size: int, device: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return batch i of n_batches whose windows are spread evenly over tokens, int64 (B, T) each.
-
-    They are the same each time. If there are enough of them, they cover all the tokens.
-    """
-    last = len(tokens) - block_size - 1
-    starts = np.linspace(0, last, n_batches * batch_size).astype(np.int64)  # (n_batches * B,)
-    batch = starts[i * batch_size : (i + 1) * batch_size]  # (B,)
-    return get_windows(tokens, batch, block_size, device)

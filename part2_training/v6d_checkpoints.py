@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import checkpoints, hardware, runs
+from support import batches, checkpoints, hardware, runs
 from support.stopwatch import Stopwatch
 
 
@@ -238,7 +238,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
-        x, y = data.get_spread_batch(  # (B, T) each
+        x, y = batches.get_spread_batch(  # (B, T) each
             tokens, i, cfg.eval_iters, cfg.batch_size, cfg.block_size, cfg.device
         )
         with autocast(cfg):
@@ -273,7 +273,7 @@ def train_step(
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
     # The batch and the dropout of a step follow from these two numbers, and from nothing else.
-    torch.manual_seed(data.mix_seed(cfg.seed, step))
+    torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
     with autocast(cfg):

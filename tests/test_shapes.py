@@ -14,7 +14,7 @@ from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 import data
 from lab.common import generate
 from lab.ladder import SCRIPTS, load
-from support import hardware
+from support import batches, hardware
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
 
@@ -192,12 +192,21 @@ def test_shape_comments_of_the_helper(splits):
     def run():
         data.split(tokens, TINY["block_size"])
         data.get_batch(splits[0], *size, "cpu")
-        data.get_spread_batch(splits[0], 1, 3, *size, "cpu")
 
     tracer = run_traced(data.__file__, run)
     assert tracer.wrong == []
     assert tracer.checked == set(tracer.claims)
     assert len(tracer.checked) >= 5
+
+
+def test_shape_comments_of_the_batches(splits):
+    size = (TINY["batch_size"], TINY["block_size"])
+    tracer = run_traced(
+        batches.__file__, lambda: batches.get_spread_batch(splits[0], 1, 3, *size, "cpu")
+    )
+    assert tracer.wrong == []
+    assert tracer.checked == set(tracer.claims)
+    assert len(tracer.checked) >= 2
 
 
 @pytest.mark.parametrize("claim", ["(3, T)", "(B, T + 1)", "(B,)"])
