@@ -17,7 +17,7 @@ from support.runs import UnsavedRun
 
 
 def has_old_loop(script: ModuleType) -> bool:
-    """Whether a script has the training loop from before train_step, as those from part 4 on do."""
+    """Whether a script has the training loop from before train_step: parts 4, 6 and 7 do."""
     return not hasattr(script, "train_step")
 
 

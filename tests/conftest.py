@@ -69,6 +69,19 @@ def shaken(model):
     return model
 
 
+def stacked(weights):
+    """The weights of v9d with queries, keys and values in one matrix, as v9c has them."""
+    stack = {}
+    for name, weight in weights.items():
+        if name.endswith("attention.query.weight"):
+            layer = name.removesuffix("query.weight")
+            matrices = [weights[f"{layer}{part}.weight"] for part in ("query", "key", "value")]
+            stack[f"{layer}query_key_value.weight"] = torch.cat(matrices)
+        elif not name.endswith(("attention.key.weight", "attention.value.weight")):
+            stack[name] = weight
+    return stack
+
+
 def random_tokens(*shape: int) -> torch.Tensor:
     """Token ids of the small text, drawn at random."""
     return torch.randint(VOCAB_SIZE, shape)

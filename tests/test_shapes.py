@@ -20,11 +20,13 @@ SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
 
 
 def shape_comments(text: str) -> dict[int, list[str]]:
-    """Line number -> the shapes that the comment at its end claims."""
+    """Line number -> the shapes that the comment at its end, or on the line above, claims."""
     comments = {}
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
         if token.type == tokenize.COMMENT and (match := SHAPE.match(token.string)):
-            comments[token.start[0]] = [shape for shape in match.groups() if shape]
+            is_above = token.line.lstrip().startswith("#")
+            line = token.start[0] + 1 if is_above else token.start[0]
+            comments[line] = [shape for shape in match.groups() if shape]
     return comments
 
 
@@ -104,6 +106,8 @@ class ShapeTracer:
         for name in ("context", "cache"):  # whose attributes are in comments
             if name in names:
                 known[name] = names[name]
+        if hasattr(names.get("cache"), "length"):  # a KVCache, before it gets the T new keys
+            known.setdefault("n_old", names["cache"].length)
         if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
             known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
@@ -210,9 +214,10 @@ def test_shape_comments_of_the_batches(splits):
 
 
 @pytest.mark.parametrize("claim", ["(3, T)", "(B, T + 1)", "(B,)"])
-def test_a_wrong_comment_is_found(tmp_path, claim):
+@pytest.mark.parametrize("lines", ["    y = x + x  # {}\n", "    # {}\n    y = x + x\n"])
+def test_a_wrong_comment_is_found(tmp_path, lines, claim):
     path = tmp_path / "wrong.py"
-    path.write_text(f"def f(x):\n    y = x + x  # {claim}\n    return y\n", encoding="utf-8")
+    path.write_text(f"def f(x):\n{lines.format(claim)}    return y\n", encoding="utf-8")
     scope = {}
     exec(compile(path.read_text(encoding="utf-8"), str(path), "exec"), scope)
     tracer = run_traced(str(path), lambda: scope["f"](torch.from_numpy(np.zeros((2, 4)))))

@@ -4,10 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import build, random_tokens, refused, tiny, tiny_flags
+from conftest import build, random_tokens, refused, shaken, stacked, tiny, tiny_flags
 
+from lab.common import generate
 from part5_modern import v9d_gqa as v9d
 from part6_speedrun import v10a_muon as v10a
+from part7_released import v11a_llama as v11a
 from support import hardware
 from support.old import runs
 
@@ -152,11 +154,48 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
     assert [group["weight_decay"] for group in adamw.param_groups][1] == 0
 
 
+# ---- the model
+
+
+def make_pair(**changes):
+    """A v9d and a v10a with the same weights."""
+    old, new = shaken(build(v9d, **changes)).eval(), build(v10a, **changes).eval()
+    weights = stacked(old.state_dict()).items()
+    new.load_state_dict({name.replace("norm_", "ln_"): weight for name, weight in weights})
+    return old, new
+
+
+def in_pieces(model, caches, idx, lengths):
+    """The logits of idx, if it comes to the caches of a model in pieces of these lengths."""
+    return torch.cat([model(piece, caches=caches)[0] for piece in idx.split(lengths, 1)], 1)
+
+
 def test_the_model_is_that_of_v9d():
-    ours, theirs = build(v10a), build(v9d)
-    ours.load_state_dict(theirs.state_dict())
-    idx = random_tokens(2, 5)
-    assert torch.equal(ours(idx)[0], theirs(idx)[0])
+    old, new = make_pair()
+    idx, targets = random_tokens(2, 5), random_tokens(2, 5)
+    for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
+        torch.testing.assert_close(actual, expected)
+    torch.manual_seed(5)
+    expected = generate(v9d, old, idx[:, :2], 20, tiny(v9d))
+    torch.manual_seed(5)
+    assert torch.equal(new.generate(idx[:, :2], 20), expected)
+
+
+@pytest.mark.parametrize("lengths", [[24], [1] * 24, [10, 1, 1, 12], [3, 4, 1, 9, 7], [1, 23]])
+def test_tokens_may_come_to_the_cache_in_pieces_of_any_length(lengths):
+    _, model = make_pair(block_size=24)
+    idx = random_tokens(3, 24)
+    torch.testing.assert_close(in_pieces(model, model.make_caches(3), idx, lengths), model(idx)[0])
+
+
+@pytest.mark.parametrize("lengths", [[2, 5] + [1] * 18, [3, 1, 4] + [1] * 17])
+def test_a_full_cache_slides_as_that_of_v9d(lengths):
+    old, new = make_pair(block_size=8)
+    idx = random_tokens(3, 25)
+    caches = [v9d.KVCache(tiny(v9d, block_size=8), 3, idx.device) for _ in old.blocks]
+    expected = in_pieces(old, caches, idx, [8] + [1] * 17)
+    actual = in_pieces(new, new.make_caches(3), idx, lengths)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 # ---- training
@@ -236,6 +275,12 @@ def test_averages_of_the_wrong_shape_are_refused(corpus, tmp_path, capsys):
 def test_a_run_of_v9d_can_not_be_resumed(corpus, tmp_path, capsys):
     v9d.main([*tiny_flags(v9d, out_dir=tmp_path), "--data", str(corpus)])
     line = refused(v10a, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
+    assert line.startswith(f"error: {tmp_path / 'latest.pt'}: not a checkpoint of this course (")
+
+
+def test_a_run_with_adamw_alone_can_not_be_resumed(corpus, tmp_path, capsys):
+    v11a.main([*tiny_flags(v11a, out_dir=tmp_path), "--data", str(corpus)])
+    line = refused(v10a, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
     assert line.startswith(f"error: {tmp_path / 'latest.pt'}: ")
-    path = Path("part5_modern", "v9d_gqa.py")
+    path = Path("part7_released", "v11a_llama.py")
     assert line.endswith(f"or written by a script with another optimizer; use {path}")

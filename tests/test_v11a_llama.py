@@ -8,12 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, build, random_tokens, refused, tiny, tiny_flags
+from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, stacked, tiny, tiny_flags
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from lab.common import generate
 from part5_modern import v9d_gqa as v9d
 from part7_released import v11a_llama as v11a
 
@@ -67,11 +68,15 @@ def n_parameters(sizes: dict, vocab_size: int) -> int:
 
 def test_without_flags_it_is_v9d():
     old, new = decisive(build(v9d)), build(v11a).eval()
-    assert sizes_of(new) == sizes_of(old)
-    new.load_state_dict(old.state_dict())
+    weights = stacked(old.state_dict()).items()
+    new.load_state_dict({name.replace("norm_", "ln_"): weight for name, weight in weights})
     idx, targets = random_tokens(3, 5), random_tokens(3, 5)
     for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
-        assert torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
+    torch.manual_seed(5)
+    expected = generate(v9d, old, idx[:, :2], 20, tiny(v9d))
+    torch.manual_seed(5)
+    assert torch.equal(new.generate(idx[:, :2], 20), expected)
 
 
 def test_heads_may_have_any_even_size():
@@ -100,6 +105,25 @@ def test_the_feed_forward_network_may_have_any_width(intermediate_size, hidden):
 def normalised(x, weight):
     """RMSNorm by hand."""
     return x / (x.square().mean(-1, keepdim=True) + 0.1).sqrt() * weight
+
+
+def test_the_result_in_bfloat16_is_that_in_float32_rounded():
+    norm = v11a.RMSNorm(384, 1e-5)
+    x = 30 * torch.randn(9, 384).bfloat16()
+    expected = norm(x.float())
+    actual = norm.bfloat16()(x)
+    assert actual.dtype == torch.bfloat16
+    assert torch.equal(actual, expected.bfloat16())
+
+
+def test_weights_in_bfloat16_scale_the_result():
+    norm = shaken(v11a.RMSNorm(384, 1e-5))
+    norm.bfloat16()
+    x = torch.randn(9, 384).bfloat16()
+    expected = torch.nn.functional.rms_norm(x.float(), (384,), norm.weight.float(), 1e-5)
+    actual = norm(x)
+    assert actual.dtype == torch.bfloat16
+    torch.testing.assert_close(actual.float(), expected, rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])

@@ -10,6 +10,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 import data
+from lab.common import generate
 from part5_modern import v9b_rope as v9b
 
 
@@ -27,14 +28,21 @@ def make_model(**changes):
     return decisive(build(v9b, **changes))
 
 
+def cos_and_sin(positions, head_size):
+    """The cosines and sines of the angles at positions, float (T, head_size // 2) each."""
+    angles = v9b.rotation_angles(positions, head_size)
+    return angles.cos(), angles.sin()
+
+
 def rotated(x, positions):
     """Queries or keys, float (..., T, head_size), as they are at positions."""
-    return v9b.rotate(x, v9b.rotation_angles(positions, x.shape[-1]))
+    return v9b.rotate(x, *cos_and_sin(positions, x.shape[-1]))
 
 
 def in_pieces(model, idx, lengths):
     """The logits of idx, if it comes to the caches in pieces of these lengths."""
-    caches = model.make_caches(len(idx))
+    cfg = tiny(v9b, block_size=model.block_size)
+    caches = [v9b.KVCache(cfg, len(idx), idx.device) for _ in model.blocks]
     return torch.cat([model(piece, caches=caches)[0] for piece in idx.split(lengths, 1)], 1)
 
 
@@ -116,7 +124,21 @@ def test_attention_rotates_queries_and_keys_but_not_values():
     future = torch.ones(5, 5).triu(1).bool()
     heads = scores.masked_fill(future, -math.inf).softmax(2) @ value
     expected = heads @ layer.projection.weight.T
-    assert_same(layer(x, v9b.rotation_angles(positions, 18)), expected)
+    assert_same(layer(x, *cos_and_sin(positions, 18)), expected)
+
+
+def test_the_angles_are_computed_once_for_all_layers(monkeypatch):
+    model = make_model()
+    calls = []
+    real = v9b.rotation_angles
+
+    def rotation_angles(positions, head_size):
+        calls.append((positions.tolist(), head_size))
+        return real(positions, head_size)
+
+    monkeypatch.setattr(v9b, "rotation_angles", rotation_angles)
+    in_pieces(model, random_tokens(2, 8), [4] + [1] * 4)
+    assert calls == [([0, 1, 2, 3], 6), ([4], 6), ([5], 6), ([6], 6), ([7], 6)]
 
 
 def test_no_parameter_belongs_to_a_position():
@@ -137,7 +159,7 @@ def test_heads_of_odd_size_are_refused(corpus, capsys, n_embd, n_head):
 
 
 def test_a_full_cache_replaces_the_oldest_token():
-    cache = v9b.KVCache(tiny(v9b), 2, torch.empty(0))
+    cache = v9b.KVCache(tiny(v9b), 2, torch.device("cpu"))
     keys, values = torch.randn(2, 2, 3, 18, 6)
     slots = torch.empty(5).long()  # the number of the token in each of the 5 places
     begin = 0
@@ -158,12 +180,12 @@ def test_a_full_cache_replaces_the_oldest_token():
 # ---- the same function as one pass over the whole text
 
 
-@pytest.mark.parametrize("lengths", [[24], [1] * 24, [10, 1, 1, 12], [3, 4, 1, 9, 7], [1, 23]])
-def test_tokens_may_come_to_the_cache_in_pieces_of_any_length(lengths):
+@pytest.mark.parametrize("length", [1, 2, 10, 23, 24])
+def test_tokens_may_come_to_the_cache_one_by_one_after_a_text_of_any_length(length):
     model = make_model(block_size=24)
     idx = random_tokens(3, 24)
     expected, _ = model(idx)
-    assert_same(in_pieces(model, idx, lengths), expected)
+    assert_same(in_pieces(model, idx, [length] + [1] * (24 - length)), expected)
 
 
 @pytest.mark.parametrize("first", [1, 3, 8])
@@ -213,7 +235,8 @@ def test_tokens_are_chosen_from_the_logits_of_a_banded_pass(monkeypatch, block_s
         return real(logits, idx, cfg)
 
     monkeypatch.setattr(v9b, "choose_token", choose_token)
-    idx = model.generate(random_tokens(2, length), 25)
+    cfg = tiny(v9b, block_size=block_size)
+    idx = generate(v9b, model, random_tokens(2, length), 25, cfg)
     begin = max(0, length - block_size)
     expected = banded_logits(model, idx[:, begin:-1], block_size)
     assert_same(torch.stack(seen, dim=1), expected[:, -25:])
@@ -229,8 +252,9 @@ def test_each_step_processes_one_token(monkeypatch):
         return real(idx, targets, caches)
 
     monkeypatch.setattr(model, "forward", forward)
-    model.generate(random_tokens(2, 4), 80)
-    model.generate(random_tokens(2, 99), 5)
+    cfg = tiny(v9b, block_size=24)
+    generate(v9b, model, random_tokens(2, 4), 80, cfg)
+    generate(v9b, model, random_tokens(2, 99), 5, cfg)
     assert lengths == [4] + [1] * 79 + [24] + [1] * 4
 
 
@@ -249,8 +273,9 @@ def test_block_size_may_change_after_training(corpus, tmp_path, capsys):
     texts = set()
     for block_size in (5, 9, 4):
         model = make_model(block_size=block_size)
-        torch.manual_seed(model.cfg.seed)
-        expected = tokenizer.decode(model.generate(start, 60)[0].tolist())
+        cfg = tiny(v9b, block_size=block_size)
+        torch.manual_seed(cfg.seed)
+        expected = tokenizer.decode(generate(v9b, model, start, 60, cfg)[0].tolist())
         capsys.readouterr()
         typed = ["--prompt", "The ", "--max_new_tokens", "60", "--dtype", "float32"]
         typed += [] if block_size == 5 else ["--block_size", str(block_size)]

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, build, random_tokens, refused, tiny, tiny_flags
+from conftest import VOCAB_SIZE, build, random_tokens, refused, stacked, tiny, tiny_flags
 
 from part5_modern import v9c_swiglu as v9c
 from part5_modern import v9d_gqa as v9d
@@ -21,38 +21,37 @@ def make_model(n_kv_head: int):
     return model
 
 
-def repeated(weight: torch.Tensor, n_kv_head: int) -> torch.Tensor:
-    """The weights of query_key_value as v9c has them: with the keys and values of each query."""
-    rows = weight.view(6 + 2 * n_kv_head, 6, 36)  # heads, then rows of a head
-    query, key, value = rows.split([6, n_kv_head, n_kv_head])
-    n = 6 // n_kv_head
-    all_rows = torch.cat((query, key.repeat_interleave(n, 0), value.repeat_interleave(n, 0)))
-    return all_rows.flatten(0, 1)
+def weights_of_v9c(weights: dict, n_kv_head: int) -> dict:
+    """The weights with which v9c computes the same: each query has a key and a value of its own."""
+    repeated = {}
+    for name, weight in weights.items():
+        repeated[name] = weight
+        if name.endswith(("attention.key.weight", "attention.value.weight")):
+            heads = weight.view(n_kv_head, 6, 36)  # heads, then rows of a head
+            repeated[name] = heads.repeat_interleave(6 // n_kv_head, 0).flatten(0, 1)
+    return stacked(repeated)
 
 
 def make_pair(n_kv_head: int):
     """A v9c and a v9d that compute the same."""
     new, old = make_model(n_kv_head), build(v9c, **SIZES)
-    weights = new.state_dict()
-    for name in weights:
-        if name.endswith("query_key_value.weight"):
-            weights[name] = repeated(weights[name], n_kv_head)
-    old.load_state_dict(weights)
+    old.load_state_dict(weights_of_v9c(new.state_dict(), n_kv_head))
     return old, new
 
 
-def in_pieces(model, idx, lengths):
-    """The logits of idx, if it comes to the caches in pieces of these lengths."""
-    caches = model.make_caches(len(idx))
+def in_pieces(script, model, idx, lengths, **changes):
+    """The logits of idx, if it comes to the caches of a model in pieces of these lengths."""
+    cfg = tiny(script, **SIZES, **changes)
+    caches = [script.KVCache(cfg, len(idx), idx.device) for _ in model.blocks]
     return torch.cat([model(piece, caches=caches)[0] for piece in idx.split(lengths, 1)], 1)
 
 
 def test_with_as_many_heads_it_is_v9c():
     new, old = make_model(6), build(v9c, **SIZES)
-    old.load_state_dict(new.state_dict())
+    old.load_state_dict(stacked(new.state_dict()))
     idx, targets = random_tokens(3, 8), random_tokens(3, 8)
     for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
-        assert torch.equal(actual, expected)
+        torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3])
@@ -63,30 +62,34 @@ def test_it_is_attention_with_repeated_keys_and_values(n_kv_head):
     torch.testing.assert_close(*results, rtol=0, atol=1e-4)
     for _, loss in results:
         loss.backward()
-    expected = {name: parameter.grad for name, parameter in old.named_parameters()}
+    # A shared row gets the sum of the gradients of its copies.
+    shared = {name: p.detach().clone().requires_grad_() for name, p in new.named_parameters()}
+    copies = weights_of_v9c(shared, n_kv_head)
+    gradients = {name: parameter.grad for name, parameter in old.named_parameters()}
+    torch.autograd.backward(list(copies.values()), [gradients[name] for name in copies])
     for name, parameter in new.named_parameters():
-        if name.endswith("query_key_value.weight"):
-            # A shared row gets the sum of the gradients of its copies.
-            copies = parameter.detach().requires_grad_()
-            repeated(copies, n_kv_head).backward(expected[name])
-            expected[name] = copies.grad
-        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(parameter.grad, shared[name].grad, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3])
-@pytest.mark.parametrize("lengths", [[3, 1, 4], [2, 5] + [1] * 18])
+@pytest.mark.parametrize("lengths", [[3] + [1] * 5, [7] + [1] * 18, [8] + [1] * 17])
 def test_it_is_so_through_the_cache_also_beyond_block_size(n_kv_head, lengths):
     old, new = make_pair(n_kv_head)
     idx = random_tokens(3, sum(lengths))
-    expected = in_pieces(old, idx, lengths)
-    torch.testing.assert_close(in_pieces(new, idx, lengths), expected, rtol=0, atol=1e-4)
+    expected = in_pieces(v9c, old, idx, lengths)
+    actual = in_pieces(v9d, new, idx, lengths, n_kv_head=n_kv_head)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("n_kv_head", [1, 2, 3, 6])
 def test_the_cache_shrinks_by_the_number_of_heads_that_share(n_kv_head):
-    n_bytes = []
-    for model in make_pair(n_kv_head):
-        caches = model.make_caches(4)
+    n_bytes, seen = [], []
+    for script, model in zip((v9c, v9d), make_pair(n_kv_head), strict=True):
+        model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["caches"]), with_kwargs=True
+        )
+        next(model.stream(random_tokens(4, 1), 1, tiny(script, n_kv_head=n_kv_head, **SIZES)))
+        caches = seen[-1]
         tensors = [tensor for cache in caches for tensor in (cache.keys, cache.values)]
         n_bytes.append(sum(tensor.untyped_storage().nbytes() for tensor in tensors))
     assert caches[0].keys.shape == caches[0].values.shape == (4, n_kv_head, 8, 6)
