@@ -135,10 +135,10 @@ def train(
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                history[step] = (train_loss, val_loss)
-                tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
+                history[step] = (train_loss, val_loss)
+                tqdm.write(f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}")
             if step == cfg.max_iters:
                 break
 

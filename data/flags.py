@@ -42,8 +42,10 @@ def command_line(torchrun: bool = False) -> Iterator[None]:
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # no other may handle signals
-        previous = signal.signal(signal.SIGTERM, stop)
+    previous = signal.getsignal(signal.SIGTERM)
+    handles_sigterm = in_main_thread and previous != signal.SIG_IGN  # no other thread may
+    if handles_sigterm:
+        signal.signal(signal.SIGTERM, stop)
     try:
         if not torchrun:
             refuse_torchrun()
@@ -67,7 +69,7 @@ def command_line(torchrun: bool = False) -> Iterator[None]:
             raise
         exit_with_error("out of memory; try a smaller --batch_size, --block_size or --n_embd")
     finally:
-        if in_main_thread:
+        if handles_sigterm:
             signal.signal(signal.SIGTERM, previous)
 
 

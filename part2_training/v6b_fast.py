@@ -276,11 +276,11 @@ def train(
                 speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
+                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
+                    raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 history[step] = (train_loss, val_loss)
                 losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
                 tqdm.write(f"step {step}: {losses}{speed}")
-                if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
-                    raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 stopwatch.start()
             if step == cfg.max_iters:
                 break

@@ -378,7 +378,7 @@ def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int
     """What training needs to go on after step steps; run.save adds settings and characters."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),  # with AdamW's averages m and v
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
@@ -414,11 +414,11 @@ def train(
                 speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
-                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                tqdm.write(f"step {step}: {losses}{speed}")
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 run.save(checkpoint(model, optimizer, step), train_loss, val_loss)
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                tqdm.write(f"step {step}: {losses}{speed}")
                 stopwatch.start()
             if step == cfg.max_iters:
                 break

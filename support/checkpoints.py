@@ -23,10 +23,11 @@ OLD_COMMIT = "3b6abd2"
 def read_checkpoint(path: Path) -> dict:
     """Load a checkpoint onto the CPU, without running any code that may be in it.
 
-    Its "path" is where it was found. Raises InputError, which says what is wrong and what helps,
-    if it can't be used.
+    Its "path" is where it was found, and "modified" when that file was written, in nanoseconds.
+    Raises InputError, which says what is wrong and what helps, if it can't be used.
     """
     try:
+        modified = path.stat().st_mtime_ns if path.exists() else None
         state = load(path)
     except InputError as error:
         best = path.with_name("best.pt")
@@ -35,6 +36,7 @@ def read_checkpoint(path: Path) -> dict:
         why = f"{error}; {best.name} beside it is intact: copy it over {path.name} to use it"
         raise InputError(why) from None
     state["path"] = str(path)
+    state["modified"] = modified
     return state
 
 
@@ -52,8 +54,9 @@ def load(path: Path) -> dict:
     try:
         with ZipFile(path) as archive:
             damaged = archive.testzip()  # compares checksums, which torch.load doesn't
-        if damaged is not None:
-            raise ValueError(f"the checksum of {damaged} is wrong")
+            folders = [info.filename for info in archive.infolist() if info.external_attr & 0x10]
+        if damaged is not None or folders:  # torch.load leaves out what is called a folder
+            raise ValueError(f"{damaged or folders[0]} in it is damaged")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         why = "no such file; either the run ended before it saved, or this isn't its folder"
@@ -113,6 +116,8 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
             writer = script_path(state["script"])
             why = f"written by {writer}, whose model has other weights; use that script"
         raise InputError(f"{state['path']}: {why}") from None
+    if not all(parameter.isfinite().all() for parameter in model.parameters()):
+        raise InputError(f"{state['path']}: damaged: some of its weights aren't finite numbers")
 
 
 def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -123,8 +128,7 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
     """
     groups = optimizer.state_dict()["param_groups"]
     try:
-        averages = state["optimizer"]["state"]
-        optimizer.load_state_dict({"state": averages, "param_groups": groups})
+        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if state["step"] > 0:
@@ -139,5 +143,7 @@ def check_averages(averages: dict, parameter: torch.Tensor) -> None:
     """Raise ValueError if AdamW's averages don't have the shape of their parameter."""
     shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
     for name, shape in shapes.items():
-        if averages[name].shape != shape or averages[name].is_sparse:
+        if averages[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(averages[name].shape)}")
+        if averages[name].layout != torch.strided or not averages[name].is_contiguous():
+            raise ValueError(f"{name} isn't contiguous")  # AdamW would write beside it

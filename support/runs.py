@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import os
 import signal
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -54,6 +56,15 @@ def read_settings(
     if cfg.sample_only:  # the dtype is that of training, which this machine may not have
         config = {name: value for name, value in config.items() if name != "dtype"}
     return read_flags(config_class, lesson, argv, config, fixed), saved
+
+
+def discard_output() -> None:
+    """Let nothing that is still printed stop the program: nobody reads it any more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError, AttributeError):  # a notebook's have no file number
+            os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 class UnsavedRun:
@@ -122,6 +133,7 @@ class Run:
             print(f"folder: {self.folder}", file=sys.stderr)
             self.lock = FileLock(self.folder / "lock")
             self.lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
+            self.check_unchanged()
         except Timeout:
             why = "another run is using it; wait until it ends, or name another folder"
             raise InputError(f"--out_dir {self.folder}: {why}") from None
@@ -130,6 +142,13 @@ class Run:
             raise InputError(f"--out_dir {self.out_dir or RUNS}: {why}") from None
         self.handle_signals()
 
+    def check_unchanged(self) -> None:
+        """Raise InputError if the checkpoint has been replaced before the run had its folder."""
+        if self.is_new or Path(self.saved["path"]).stat().st_mtime_ns == self.saved["modified"]:
+            return
+        self.lock.release()
+        raise InputError(f"{self.saved['path']}: another run has just replaced it; try again")
+
     def open_folder(self) -> Path:
         """Make the folder of a new run; return that of an old one."""
         if not self.is_new:
@@ -137,7 +156,7 @@ class Run:
         if self.out_dir:
             folder = Path(self.out_dir)
             folder.mkdir(parents=True, exist_ok=True)
-            if (folder / "latest.pt").exists() or (folder / "best.pt").exists():
+            if any((folder / name).exists() for name in ("latest.pt", "best.pt", "log.jsonl")):
                 why = "already holds a run; continue it (--resume) or name another folder"
                 raise InputError(f"--out_dir {folder}: {why}")
             return folder
@@ -164,10 +183,13 @@ class Run:
                 self.previous_handlers[number] = signal.signal(number, self.note_signal)
 
     def note_signal(self, number: int, _: Any) -> None:
-        """Handle a signal: ask the training loop to stop. The next one ends the program."""
+        """Handle a signal: ask the training loop to stop. The same one again ends the program."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step or loss estimate", file=sys.stderr)
+        try:
+            print("stopping after this step or loss estimate", file=sys.stderr, flush=True)
+        except OSError:  # the terminal is closed, or Ctrl-C has also ended the reader of a pipe
+            discard_output()
 
     def __exit__(self, error: type | None, *_: Any) -> None:
         """Raises Stopped if a signal came, even if it was too late for the training loop."""

@@ -58,6 +58,7 @@ def refused(path) -> str:
 def test_a_checkpoint_comes_back_as_it_was_written(path):
     state = checkpoints.read_checkpoint(path)
     assert state.pop("path") == str(path), "where it was found"
+    assert state.pop("modified") == path.stat().st_mtime_ns
     assert str(state) == str(STATE)
 
 
@@ -74,6 +75,12 @@ def other_zip():
     return file.getvalue()
 
 
+def as_folder(content):
+    """Mark the last file in the archive as a folder, which changes no checksum."""
+    i = content.rindex(b"PK\x01\x02") + 38
+    return content[:i] + bytes([content[i] | 0x10]) + content[i + 1 :]
+
+
 WEIGHT = STATE["model"]["weight"].numpy().tobytes()
 DAMAGES = {
     "empty": lambda content: b"",
@@ -83,6 +90,7 @@ DAMAGES = {
     "flipped weight": lambda content: flip(content, WEIGHT),
     "flipped settings": lambda content: flip(content, b"n_embd"),
     "zeros": lambda content: bytes(len(content)),
+    "file marked as a folder": as_folder,
     "another program's zip": lambda content: other_zip(),
 }
 

@@ -271,7 +271,7 @@ def test_ctrl_c_says_that_the_first_scripts_save_nothing(capsys):
 
 
 def test_sigterm_ends_a_program_like_ctrl_c():
-    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    old = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         with pytest.raises(SystemExit) as stop, data.command_line():
             signal.raise_signal(signal.SIGTERM)
@@ -279,6 +279,15 @@ def test_sigterm_ends_a_program_like_ctrl_c():
         signal.signal(signal.SIGTERM, old)
     assert stop.value.code == 143
     assert issubclass(flags.Stopped, KeyboardInterrupt), "what Ctrl-C cleans up is cleaned up, too"
+
+
+def test_a_program_that_ignores_sigterm_goes_on_doing_so():
+    old = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        with data.command_line():
+            assert signal.getsignal(signal.SIGTERM) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGTERM, old)
 
 
 def test_a_script_may_run_in_any_thread():

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import tiny_flags
 from filelock import FileLock
 from test_checkpoints import STATE
 
 import data
 from data import flags, setting
 from lab.ladder import ROOT
+from part2_training import v6d_checkpoints as v6d
 from support import checkpoints, runs
 
 
@@ -139,7 +141,7 @@ def test_the_folder_is_kept_for_one_run(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("name", ["latest.pt", "best.pt"])
+@pytest.mark.parametrize("name", ["latest.pt", "best.pt", "log.jsonl"])
 def test_a_new_run_needs_a_folder_without_a_run(tmp_path, name):
     (tmp_path / name).write_bytes(b"mine")
     with pytest.raises(data.InputError, match="already holds a run"), make_run(tmp_path):
@@ -171,6 +173,17 @@ def test_a_resumed_run_needs_its_text_and_its_steps(tmp_path):
         make_run(tmp_path, saved, text="abab")
     with pytest.raises(data.InputError, match="--max_iters 2: the run is at step 3 already"):
         make_run(tmp_path, saved, max_iters=2)
+
+
+def test_a_checkpoint_that_another_run_replaces_in_the_meantime_is_not_continued(tmp_path):
+    """A run that is resumed reads latest.pt before it has the folder for itself."""
+    saved = saved_run(tmp_path)
+    late = make_run(tmp_path, saved)
+    os.utime(tmp_path / "latest.pt", ns=(1, saved["modified"] + 1))
+    with pytest.raises(data.InputError, match="another run has just replaced it; try again"), late:
+        pass
+    with FileLock(tmp_path / "lock", timeout=0):
+        pass
 
 
 def test_a_run_that_fails_lets_go_of_its_folder(tmp_path):
@@ -311,6 +324,38 @@ def test_a_signal_that_the_program_ignores_stays_ignored(tmp_path, number):
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, old)
+
+
+STOPPED_WITHOUT_READERS = """
+import os, signal, sys
+from part2_training import v6d_checkpoints as v6d
+real = v6d.train_step
+
+def train_step(model, optimizer, tokens, step, cfg):
+    real(model, optimizer, tokens, step, cfg)
+    if step == 5:
+        os.read(0, 1)  # until the test has closed its end of the pipes
+        os.kill(os.getpid(), signal.SIGINT)
+
+v6d.train_step = train_step
+v6d.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="os.kill ends a program there")
+def test_a_run_that_nobody_reads_any_more_still_saves(tmp_path, corpus):
+    """As in `... 2>&1 | tee log`, where Ctrl-C ends tee, too, and when the terminal is closed."""
+    words = tiny_flags(v6d, out_dir=tmp_path / "run", max_iters=10**6, eval_interval=10**6)
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPPED_WITHOUT_READERS, *words, "--data", str(corpus)], cwd=ROOT,
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )
+    while b"step 0:" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    process.stdin.close()
+    assert process.wait(60) == 130
+    assert checkpoints.read_checkpoint(tmp_path / "run" / "latest.pt")["step"] == 6
 
 
 def test_an_error_matters_more_than_a_signal(tmp_path):

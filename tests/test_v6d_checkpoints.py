@@ -58,7 +58,7 @@ def assert_same_run(a, b):
         assert a_state["model"].keys() == b_state["model"].keys()
         for name, tensor in a_state["model"].items():
             assert torch.equal(tensor, b_state["model"][name]), name
-        a_averages, b_averages = a_state["optimizer"]["state"], b_state["optimizer"]["state"]
+        a_averages, b_averages = a_state["optimizer"], b_state["optimizer"]
         assert a_averages.keys() == b_averages.keys()
         for number, averages in a_averages.items():
             for name, tensor in averages.items():
@@ -509,11 +509,19 @@ def damage(folder, what):
         edit(path, characters=state["characters"] + "0123")
         return "damaged: its weights don't fit its settings"
     if what == "averages of other shapes":
-        averages = {i: bigger(a) for i, a in state["optimizer"]["state"].items()}
-        edit(path, optimizer={"state": averages})
+        averages = {i: bigger(a) for i, a in state["optimizer"].items()}
+        edit(path, optimizer=averages)
         return f"error: {path}: its averages don't fit (step has shape (2,)): damaged, or "
+    if what == "averages that share their numbers":
+        averages = {i: a | {"exp_avg": a["exp_avg"][:1].expand_as(a["exp_avg"])} for i, a in
+                    state["optimizer"].items()}
+        edit(path, optimizer=averages)
+        return f"error: {path}: its averages don't fit (exp_avg isn't contiguous)"
+    if what == "weights that are no numbers":
+        edit(path, model={name: tensor * math.nan for name, tensor in state["model"].items()})
+        return f"error: {path}: damaged: some of its weights aren't finite numbers"
     assert what == "averages without numbers"
-    edit(path, optimizer={"state": {0: "none"}})
+    edit(path, optimizer={0: "none"})
     return f"error: {path}: its averages don't fit ("
 
 
@@ -524,6 +532,7 @@ def damage(folder, what):
         "an older format", "other sizes",
         "indivisible sizes", "setting out of range", "setting of another type",
         "other characters", "averages of other shapes", "averages without numbers",
+        "averages that share their numbers", "weights that are no numbers",
     ],
 )
 def test_a_damaged_checkpoint_is_refused(trained, capsys, what):
@@ -543,8 +552,7 @@ def test_a_damaged_checkpoint_is_refused(trained, capsys, what):
         pytest.param({"history": {0: (1.0, math.nan)}}, id="history with a loss that isn't one"),
         pytest.param({"step": -1}, id="negative step"),
         pytest.param({"config": {}}, id="no settings"),
-        pytest.param({"optimizer": {"state": {}}}, id="averages left out"),
-        pytest.param({"optimizer": {}}, id="no state of the optimizer"),
+        pytest.param({"optimizer": {}}, id="averages left out"),
     ],
 )
 def test_a_checkpoint_edited_by_hand_is_refused(trained, capsys, changes):
