@@ -18,8 +18,8 @@ to the system, which fills it with zeros before it can be used again.
 
 New here: choose_dtype, autocast, --dtype, --compile, fused=True, tokens/s in the log.
 Run it:   python part2_training/v6b_fast.py
-Expect:   a validation loss of about 1.69 with the CPU defaults, where v6a has 1.68: another seed
-          makes such a difference, too. So small a model is hardly faster than in v6a.
+Expect:   a validation loss of about 1.67 with the CPU defaults, as in v6a_fused_attention.py within
+          seed noise. So small a model is hardly faster than there.
 Diff:     git diff --no-index part2_training/v6a_fused_attention.py part2_training/v6b_fast.py
 """
 
