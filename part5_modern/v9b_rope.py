@@ -18,7 +18,7 @@ context again. Llama, Mistral, Qwen and Gemma all use rotary positions.
 New here: rotation_angles and rotate, in place of position_embedding; the cache slides.
 Run it:   python part5_modern/v9b_rope.py
 Probe:    python lab/probes.py --task length
-Expect:   a validation loss of about 1.58; v9a_rmsnorm.py reaches 1.61.
+Expect:   a validation loss of about 1.58; v9a_rmsnorm.py reaches 1.60.
 Diff:     git diff --no-index part5_modern/v9a_rmsnorm.py part5_modern/v9b_rope.py
 """
 
