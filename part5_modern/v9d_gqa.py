@@ -10,8 +10,8 @@ n_kv_head equal to n_head, it is the attention of v9c; with n_kv_head 1, it is m
 New here: n_kv_head.
 Run it:   python part5_modern/v9d_gqa.py
           python part5_modern/v9d_gqa.py --n_kv_head 1
-Expect:   a validation loss of about 1.57, as v9c_swiglu.py within seed noise. The cache has half the
-          size, and at full size a third.
+Expect:   a validation loss of about 1.57, as v9c_swiglu.py within seed noise. The cache has half
+          the size, and at full size a third.
 Diff:     git diff --no-index part5_modern/v9c_swiglu.py part5_modern/v9d_gqa.py
 """
 
