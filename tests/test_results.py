@@ -54,7 +54,6 @@ EXCEPTIONS = {
         "(0.77, 0.94)": WEIGHTS,
         "(0.63, 0.84)": WEIGHTS,
     },
-    "part2_training/README.md": {"whether 0.99 is better than 0.95": SETTINGS},
     "part2_training/v6c_recipe.py": {
         "beta2 is 0.99": SETTINGS,
         "default is 0.999, GPT-3's 0.95": SETTINGS,
