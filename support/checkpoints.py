@@ -16,7 +16,7 @@ CONTENTS = {
     "script": str, "config": dict, "tokenizer": str, "characters": str, "corpus": str,
     "model": dict, "optimizer": dict, "step": int, "history": dict,
 }
-# The last commit whose scripts read checkpoints with a random state and a log.
+# A commit whose scripts all read checkpoints with a random state and a log.
 OLD_COMMIT = "3b6abd2"
 
 
@@ -75,7 +75,8 @@ def load(path: Path) -> dict:
 def check_contents(state: dict, path: Path) -> None:
     """Raise InputError if a checkpoint lacks a part, or if its step or history is impossible."""
     if isinstance(state, dict) and "random_state" in state:
-        why = f"written by an older version of this course; commit {OLD_COMMIT} can read it"
+        writer = script_path(str(state.get("script")))
+        why = f"written by {writer} in another format, which commit {OLD_COMMIT} of it can read"
         raise InputError(f"{path}: {why}")
     for name, kind in CONTENTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):

@@ -492,7 +492,7 @@ def damage(folder, what):
         return f"written by {name}, whose model has other weights; use that script"
     if what == "an older format":
         edit(path, random_state=torch.get_rng_state(), log=[])
-        return f"{path}: written by an older version of this course; commit 3b6abd2 can read it"
+        return "v6d_checkpoints.py in another format, which commit 3b6abd2 of it can read"
     if what == "other sizes":
         edit(path, config=state["config"] | {"n_layer": 1})
         return "damaged: its weights don't fit its settings"

@@ -80,6 +80,9 @@ def load(path: Path) -> dict:
         raise InputError(f"{path}: {why}") from None
     except Exception as error:  # which class it has depends on the damage
         raise InputError(f"{path}: damaged, or not a checkpoint at all ({error})") from None
+    if isinstance(state, dict) and "history" in state:
+        writer = script_path(str(state.get("script")))
+        raise InputError(f"{path}: written by {writer} in another format; use that script")
     for name, kind in CONTENTS.items():
         if not isinstance(state, dict) or not isinstance(state.get(name), kind):
             why = f"not a checkpoint of this course (it lacks {name!r})"
