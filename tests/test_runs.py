@@ -334,6 +334,7 @@ real = v6d.train_step
 def train_step(model, optimizer, tokens, step, cfg):
     real(model, optimizer, tokens, step, cfg)
     if step == 5:
+        print("ready", flush=True)
         os.read(0, 1)  # until the test has closed its end of the pipes
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -350,7 +351,7 @@ def test_a_run_that_nobody_reads_any_more_still_saves(tmp_path, corpus):
         [sys.executable, "-c", STOPPED_WITHOUT_READERS, *words, "--data", str(corpus)], cwd=ROOT,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )
-    while b"step 0:" not in process.stdout.readline():
+    while b"ready" not in process.stdout.readline():
         pass
     process.stdout.close()
     process.stdin.close()
