@@ -15,7 +15,7 @@ Embeddings, the output layer and vectors stay with AdamW.
 
 New here: orthogonalise, Muon, and two optimizers in place of one.
 Run it:   python part6_speedrun/v10a_muon.py
-Expect:   a validation loss of about 1.51; v9d_gqa.py reaches 1.56.
+Expect:   a validation loss of about 1.51; v9d_gqa.py reaches 1.57.
 Diff:     git diff --no-index part5_modern/v9d_gqa.py part6_speedrun/v10a_muon.py
 """
 
