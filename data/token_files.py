@@ -74,16 +74,16 @@ def load_tokens(name: str, flag: str = "--data") -> np.ndarray | TokenFile:
 
 
 def load_splits(
-    cfg: Any, tokenizer: Any, text: str
+    cfg: Any, tokenizer: Any
 ) -> tuple[np.ndarray | TokenFile, np.ndarray | TokenFile]:
     """Return the token ids of --data and --val_data, or 90% and 10% of --data if that is empty.
 
-    text: the corpus --data, if the tokens are characters. Raises InputError for a corpus that can't
-    be used.
+    Raises InputError for a corpus that can't be used.
     """
     if tokenizer.name == "gpt2":
         tokens = load_tokens(cfg.data)
     else:
+        text = load_text(cfg.data)
         tokens = np.array(tokenizer.encode(text, "--data"), dtype=np.uint16)  # (n,)
     if not cfg.val_data:
         return data.split(tokens, cfg.block_size, cfg.data)

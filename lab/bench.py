@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from lab.common import generate, has_old_loop, train, with_dtype
+from lab.common import generate, train, with_dtype
 from lab.ladder import SCRIPTS, load
 from part2_training import v6b_fast
 
@@ -195,7 +195,7 @@ def dtype_of(script: Any, cfg: Any) -> str:
     """The dtype in which a script's matmuls run, "float32" or "bfloat16"."""
     if not hasattr(script, "choose_dtype"):
         return "float32"
-    return str(script.choose_dtype(cfg)).removeprefix("torch.")
+    return script.choose_dtype(cfg)
 
 
 def flops_per_token(model: nn.Module, name: str, cfg: Config) -> float:
@@ -224,23 +224,18 @@ def matmul_rate(dtype: str, device: str) -> float:
     return 2 * n**3 / min(seconds)
 
 
-def write_turn(name: str, cfg: Config, num_samples: int) -> tuple[float, str]:
-    """Generate num_samples texts from one token each: (tokens/s, dtype)."""
+def write_turn(name: str, cfg: Config, num_samples: int) -> float:
+    """Generate num_samples texts from one token each, in float32: return the tokens/s."""
     script = v6b_fast if name == "transformers" else load(name)
     make = Reference if name == "transformers" else script.LanguageModel
     torch.manual_seed(0)
     config = config_of(script, cfg)
     model = make(config, VOCAB_SIZE).to(cfg.device).eval()
-    dtype = "float32"
-    if has_old_loop(script) and name != "transformers":  # they convert the weights first
-        dtype = dtype_of(script, config)
-        model.to(getattr(torch, dtype))
     idx = torch.zeros(num_samples, 1, dtype=torch.int64, device=cfg.device)  # (num_samples, 1)
     generate(script, model, idx, min(8, cfg.block_size - 1), config)[0, 0].item()  # to warm up
     start = time.perf_counter()
     generate(script, model, idx, count_new_tokens(cfg), config)[0, 0].item()  # waits for the device
-    speed = num_samples * count_new_tokens(cfg) / (time.perf_counter() - start)
-    return speed, dtype
+    return num_samples * count_new_tokens(cfg) / (time.perf_counter() - start)
 
 
 def count_new_tokens(cfg: Config) -> int:
@@ -259,24 +254,23 @@ def circumstances(cfg: Config) -> str:
     )
 
 
-def write_table(turns: dict[tuple[int, str], list[tuple[float, str]]], cfg: Config) -> str:
+def write_table(turns: dict[tuple[int, str], list[float]], cfg: Config) -> str:
     """The speed of generation in Markdown: how it was measured, then a row for each model."""
     lines = [
         f"Generation with {circumstances(cfg)}: {count_new_tokens(cfg)} tokens after a first one, "
-        f"for 1 text and for {SAMPLES[1]} at once. Tokens/s: the median of {cfg.rounds} turns, "
-        "with the lowest and the highest.",
+        f"for 1 text and for {SAMPLES[1]} at once, in float32. Tokens/s: the median of "
+        f"{cfg.rounds} turns, with the lowest and the highest.",
         "",
-        "| texts | model | dtype | tokens/s | lowest to highest | times v7a |",
-        "|---:|---|---|---:|---:|---:|",
+        "| texts | model | tokens/s | lowest to highest | times v7a |",
+        "|---:|---|---:|---:|---:|",
     ]
-    medians = {key: median(speed for speed, _ in results) for key, results in turns.items()}
-    for (num_samples, name), results in turns.items():
-        speeds = [speed for speed, _ in results]
+    medians = {key: median(speeds) for key, speeds in turns.items()}
+    for (num_samples, name), speeds in turns.items():
         ratio = "-"
         if (num_samples, "v7a_sampling") in turns:
             ratio = f"{medians[num_samples, name] / medians[num_samples, 'v7a_sampling']:.2f}"
         lines.append(
-            f"| {num_samples} | `{name}` | {results[0][1]} | {medians[num_samples, name]:,.0f} | "
+            f"| {num_samples} | `{name}` | {medians[num_samples, name]:,.0f} | "
             f"{min(speeds):,.0f} to {max(speeds):,.0f} | {ratio} |"
         )
     return "\n".join(lines) + "\n"

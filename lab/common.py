@@ -16,14 +16,9 @@ import data
 from support.runs import UnsavedRun
 
 
-def has_old_loop(script: ModuleType) -> bool:
-    """Whether a script has the training loop from before train_step: parts 4, 6 and 7 do."""
-    return not hasattr(script, "train_step")
-
-
 def with_dtype(script: ModuleType, cfg: Any) -> Any:
     """The settings with the dtype that main() of a script would choose for "auto"."""
-    if has_old_loop(script) or not hasattr(script, "choose_dtype"):
+    if not hasattr(script, "choose_dtype"):
         return cfg
     return replace(cfg, dtype=script.choose_dtype(cfg))
 
@@ -32,8 +27,6 @@ def train(
     script: ModuleType, model: nn.Module, train_data: np.ndarray, val_data: np.ndarray, cfg: Any
 ) -> list[tuple[int, float, float]]:
     """Train the model of a script; return (step, train loss, validation loss), in nats."""
-    if has_old_loop(script):
-        return script.train(model, train_data, val_data, cfg)
     run = [UnsavedRun()] if hasattr(script, "checkpoint") else []
     history = script.train(model, train_data, val_data, with_dtype(script, cfg), *run)
     return [(step, train_loss, val_loss) for step, (train_loss, val_loss) in history.items()]
@@ -43,7 +36,7 @@ def generate(
     script: ModuleType, model: nn.Module, idx: torch.Tensor, max_new_tokens: int, cfg: Any
 ) -> torch.Tensor:
     """Continue idx, int64 (B, T), with the model of a script: int64 (B, T + max_new_tokens)."""
-    if has_old_loop(script) or not hasattr(script, "choose_token"):
+    if not hasattr(script, "choose_token"):
         return model.generate(idx, max_new_tokens)
     return torch.cat([idx, *model.stream(idx, max_new_tokens, cfg)], dim=1)
 

@@ -28,7 +28,6 @@ import data
 from data import setting
 from lab.bench import be_quiet, peak_memory
 from part7_released import v11c_llama_weights as v11c
-from support import llama_files
 
 # The sizes in the config.json of each model on the Hugging Face hub.
 MODELS = {
@@ -94,13 +93,12 @@ def take_turn(program: str, folder: Path, cfg: Config) -> Turn:
         def generate(n: int) -> torch.Tensor:
             return model.generate(idx, max_new_tokens=n, pad_token_id=0, **how)
     else:
-        released = llama_files.read_config(folder)
-        settings = v11c.read_settings(released, ["--device", cfg.device, "--temperature", "0"])
-        dtype = released["dtype_of_files"]
-        model = v11c.load_released(folder, settings, vocab_size, dtype).to(cfg.device).eval()
+        flags = ["--init_from", str(folder), "--sample_only", "--device", cfg.device]
+        settings, _, released = v11c.read_settings([*flags, "--temperature", "0"])
+        model = v11c.make_model(settings, released, vocab_size).eval()
 
         def generate(n: int) -> torch.Tensor:
-            return model.generate(idx, n)
+            return torch.cat(list(model.stream(idx, n, settings)), dim=1)  # (1, n)
 
     generate(2)[0, 0].item()  # to warm up
     start = time.perf_counter()
@@ -146,8 +144,7 @@ def main(argv: list[str] | None = None) -> None:
                 with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
                     result = process.submit(take_turn, program, folder, cfg).result()
                 turns[program].append(result)
-            released = llama_files.read_config(folder)
-            settings = v11c.read_settings(released, ["--device", "cpu"])
+            settings, _, released = v11c.read_settings(["--init_from", str(folder)])
         with torch.device("meta"):
             model = v11c.LanguageModel(settings, released["vocab_size"])
         print(table(turns, sum(p.numel() for p in model.parameters()), cfg))

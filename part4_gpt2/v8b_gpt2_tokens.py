@@ -6,27 +6,25 @@ most frequent pair of neighbouring tokens to the vocabulary as a new token. GPT-
 token of Shakespeare has 3.3 characters, so a window of 64 tokens sees that much further.
 
 A loss per token can't be compared with a loss per character: a token is harder to guess, but says
-more. Bits per character can: the loss in bits, divided by the characters of an average token.
+more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an average token.
 
 Texts are encoded once, into a file of token ids. Training maps that file into memory and reads only
 its windows, so the text may be larger than the memory.
 
-New here: BPETokenizer, characters that span several tokens in stream_text, bits per character, and
-          corpora as files of token ids (data/token_files.py and data/prepare.py).
+New here: BPETokenizer, make_tokenizer and in_units, and corpora as files of token ids
+          (data/token_files.py and data/prepare.py).
 Run it:   python part4_gpt2/v8b_gpt2_tokens.py
           python part4_gpt2/v8b_gpt2_tokens.py --sample_only --prompt "ROMEO:"
           python -m data.prepare my_novel.txt --out corpus.bin
           python part4_gpt2/v8b_gpt2_tokens.py --data corpus.bin
-Expect:   4.88 nats per token or 2.285 bits per character; v7b_kv_cache.py reaches 2.298 bits.
+Expect:   4.88 nats per token or 2.285 bits per byte; v7b_kv_cache.py reaches 2.298 bits.
 Diff:     git diff --no-index part3_generation/v7b_kv_cache.py part4_gpt2/v8b_gpt2_tokens.py
 """
 
 import math
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import tiktoken
@@ -37,16 +35,17 @@ from tqdm import tqdm
 
 import data
 from data import setting, token_files
-from support import hardware
-from support.old import checkpoints, runs
+from support import batches, checkpoints, hardware, runs, terminal
+from support.stopwatch import Stopwatch
 
 
 @dataclass
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=8, least=1)
@@ -58,7 +57,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=1000)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=250, least=1)
-    eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, a text, a .bin", "shakespeare")
@@ -74,7 +73,7 @@ class Config:
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
     top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("on tokens of the text; 1: off", 1.0, most=100)
+    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -84,19 +83,21 @@ class Config:
     val_data: str = setting("text or .bin to validate on, not 10% of data", "")
 
 
-# The settings that determine the shapes of the weights.
-SIZES = ["tokenizer", "block_size", "n_embd", "n_head", "n_layer"]
+SIZES = [  # a run that is resumed must keep these
+    "tokenizer", "block_size", "n_embd", "n_head", "n_layer",
+]
 
 
 class BPETokenizer:
     """GPT-2's byte-pair encoding (Radford et al. 2019, section 2.2), with tiktoken's files."""
 
     name = "gpt2"
-    characters = ""  # it knows all of them
+    characters = ""  # a checkpoint lists them, but only CharTokenizer has any
 
     def __init__(self) -> None:
         self.encoding = tiktoken.get_encoding("gpt2")
         self.n_vocab = self.encoding.n_vocab
+        self.end_of_text = [self.encoding.eot_token]
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
         """Text to token ids. Any text can be encoded, so flag is never named in an error."""
@@ -107,8 +108,16 @@ class BPETokenizer:
         return self.encoding.decode(tokens)
 
 
-def choose_dtype(cfg: Config) -> torch.dtype:
-    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+def make_tokenizer(cfg: Config, saved: dict) -> BPETokenizer | data.CharTokenizer:
+    """GPT-2's tokens or, with --tokenizer char, the characters of a checkpoint or of the text."""
+    if cfg.tokenizer == "gpt2":
+        return BPETokenizer()
+    characters = saved["characters"] if saved else data.load_text(cfg.data)
+    return data.CharTokenizer(characters)
+
+
+def choose_dtype(cfg: Config) -> str:
+    """Return the dtype of matmuls, "float32" or "bfloat16"; auto means the faster of them.
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
@@ -116,36 +125,33 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
-    if cfg.dtype == "auto" and supported:
-        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-        return torch.float32 if is_narrow else torch.bfloat16
-    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not is_narrow:
+        return "bfloat16"
+    return "float32"
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
+    """A context in which matmuls run in cfg.dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
-    enabled = choose_dtype(cfg) == torch.bfloat16
+    enabled = cfg.dtype == "bfloat16"
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
 
 class KVCache:
     """The keys and values of the tokens that one layer has processed, with room for more."""
 
-    def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
-        """Make room for block_size tokens, with the dtype and on the device of weight."""
-        head_size = cfg.n_embd // cfg.n_head
-        self.keys = weight.new_empty(  # (B, n_head, block_size, head_size)
-            batch_size, cfg.n_head, cfg.block_size, head_size
-        )
-        self.values = torch.empty_like(self.keys)  # (B, n_head, block_size, head_size)
+    def __init__(self, cfg: Config, batch_size: int, device: torch.device) -> None:
+        shape = (batch_size, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.keys = torch.empty(shape, device=device)  # (B, n_head, block_size, head_size)
+        self.values = torch.empty(shape, device=device)  # (B, n_head, block_size, head_size)
         self.length = 0  # the number of tokens in the cache
 
-    def append(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T tokens, float (B, n_head, T, head_size) each; return those of all tokens so far."""
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add T keys and values, float (B, n_head, T, head_size) each; return all of them."""
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
@@ -166,6 +172,7 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         self.n_head = cfg.n_head
         self.query_key_value = nn.Linear(cfg.n_embd, 3 * cfg.n_embd, bias=False)
+        # With a bias, as in GPT-2.
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
 
@@ -177,20 +184,14 @@ class MultiHeadAttention(nn.Module):
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         value = value.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
-        # The call below is a function, so model.eval() doesn't switch off its dropout.
-        dropout_p = self.dropout.p if self.training else 0.0
-        n_old = 0  # the number of tokens before those in x
         if cache is not None:
-            n_old = cache.length
-            key, value = cache.append(key, value)  # (B, n_head, n_old + T, head_size) each
-        mask = None
-        if n_old > 0 and T > 1:
-            # Query i may look at n_old + i + 1 keys, but is_causal would show it the first i + 1.
-            # A single query may look at all of them, and needs no mask.
-            ones = torch.ones(T, n_old + T, dtype=torch.bool, device=x.device)  # (T, n_old + T)
-            mask = ones.tril(diagonal=n_old)  # (T, n_old + T)
+            key, value = cache.append(key, value)  # (B, n_head, cache.length, head_size) each
+        # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
+        # off its dropout.
+        dropout_p = self.dropout.p if self.training else 0.0
+        # is_causal would take a single new query for query 0, and show it nothing but key 0.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=n_old == 0
+            query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
         # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
@@ -217,21 +218,21 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    LayerNorm has the same place as in GPT-2 (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = nn.LayerNorm(cfg.n_embd)
+        self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = nn.LayerNorm(cfg.n_embd)
+        self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x), cache)  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x), cache)  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -240,12 +241,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
-        self.cfg = cfg  # choose_token reads its settings from it
         self.block_size = cfg.block_size
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
-        self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = nn.LayerNorm(cfg.n_embd)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
@@ -262,16 +262,15 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block, with the tokens before idx.
+        caches: one for each block. They must be empty, unless idx is a single token.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
         x = self.token_embedding(idx) + self.position_embedding(positions)  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[i]
-            x = block(x, cache)  # (B, T, n_embd)
+            x = block(x, None if caches is None else caches[i])  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -281,37 +280,29 @@ class LanguageModel(nn.Module):
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
-    def make_caches(self, batch_size: int) -> list[KVCache]:
-        """Return an empty cache for each block."""
-        return [KVCache(self.cfg, batch_size, self.lm_head.weight) for _ in self.blocks]
-
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, cfg: Config) -> Iterator[torch.Tensor]:
         """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
-        caches = self.make_caches(len(idx))
-        context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+        caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
         for _ in range(max_new_tokens):
-            if caches[0].length == self.block_size:
-                # The caches are full: begin again with the last half of the text.
-                caches = self.make_caches(len(idx))
-                half = (self.block_size + 1) // 2
-                context = idx[:, -half:]  # (B, half)
+            # There are embeddings for block_size positions only, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            if 0 < caches[0].length < self.block_size:
+                context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
+            elif caches[0].length == self.block_size:
+                # The caches are full: begin again with the newest half of the context.
+                caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
+                context = context[:, self.block_size // 2 :]  # (B, block_size - block_size // 2)
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, self.cfg)  # (B, 1)
+            next_token = choose_token(logits[:, -1], idx, cfg)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
-            context = next_token  # (B, 1), because the caches have the rest
             yield next_token
-
-    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
-        new_tokens = list(self.stream(idx, max_new_tokens))
-        return torch.cat([idx, *new_tokens], dim=1)  # (B, T + max_new_tokens)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T)
+    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -324,20 +315,20 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set the logits, float (B, V), of the least likely tokens to -inf: at most 1 - p in all."""
+    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
-    drop[:, -1] = False  # the most likely token stays, whatever p is
-    # From sorted order back to the order of the tokens.
-    drop = drop.scatter(1, order, drop)  # (B, V)
+    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
+    drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
-    if cfg.repetition_penalty >= 1e-6:  # a smaller number is as good as 0
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:
+    if cfg.temperature < 1e-6:  # dividing by so little would overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -348,72 +339,27 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
 
 
-def stream_text(
-    tokens: Iterator[torch.Tensor], tokenizer: BPETokenizer | data.CharTokenizer, stop: str
-) -> Iterator[str]:
-    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any."""
-    n_waiting = max(0, len(stop) - 1)  # so many last characters may be the beginning of stop
-    text = ""  # what hasn't been yielded yet
-    undecoded = []
-    for token in tokens:
-        undecoded.append(token.item())
-        new_text = tokenizer.decode(undecoded)
-        if new_text.endswith("\ufffd"):
-            continue  # a character whose other bytes are in the next tokens
-        undecoded = []
-        text += new_text
-        if stop and stop in text:
-            yield text[: text.index(stop)]
-            return
-        n_ready = max(0, len(text) - n_waiting)
-        yield text[:n_ready]
-        text = text[n_ready:]
-    text += tokenizer.decode(undecoded)
-    if stop and stop in text:
-        text = text[: text.index(stop)]
-    yield text
-
-
-def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
-    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
-    if cfg.device.startswith("cuda"):
-        # From pinned memory, the GPU fetches a contiguous tensor itself while Python goes on.
-        x = x.contiguous().pin_memory()  # (B, T)
-        y = y.contiguous().pin_memory()  # (B, T)
-    x = x.to(cfg.device, non_blocking=True)  # (B, T)
-    y = y.to(cfg.device, non_blocking=True)  # (B, T)
-    return x, y
-
-
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Return the mean loss in nats over the same windows each time, to make estimates comparable.
+    """Return the mean loss in nats over eval_iters batches; a single one is noisy.
 
-    The windows lie side by side and cover the split or, if it is larger than eval_iters batches,
-    are spread evenly over it.
+    They are the same each time, so that a lower loss means better weights, not easier batches.
     """
-    model.eval()  # switches off dropout, which v5 introduces
-    n_windows = (len(tokens) - 1) // cfg.block_size
-    n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
-    # The numbers of the windows, evenly spread; all of them if n_chosen is n_windows.
-    chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
-    starts = chosen * cfg.block_size  # (n_chosen,)
-    total = 0.0
-    for i in range(0, n_chosen, cfg.batch_size):
-        if runs.stop_requested():
-            raise KeyboardInterrupt  # train catches it and saves
-        batch = starts[i : i + cfg.batch_size]
-        x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
+    model.eval()  # switches off dropout, if the model has any
+    losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
+    for i in range(cfg.eval_iters):
+        x, y = batches.get_spread_batch(  # (B, T) each
+            tokens, i, cfg.eval_iters, cfg.batch_size, cfg.block_size, cfg.device
+        )
         with autocast(cfg):
             _, loss = model(x, y)  # ()
-        total += loss.item() * len(batch)  # the last batch may be smaller
+        losses[i] = loss.item()
     model.train()
-    return total / n_chosen
+    return losses.mean().item()
 
 
 def make_optimizer(model: LanguageModel, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019) of matrices and embeddings."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay for matrices and embeddings only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -431,196 +377,143 @@ def learning_rate_at(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def shorten_warmup(cfg: Config) -> Config:
-    """Cut a warm-up that would take more than half of the run down to a tenth of the run."""
-    if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
-        return cfg
-    n = cfg.max_iters // 10
-    why = f"a warm-up of {cfg.warmup_iters} steps would take up most of a run of {cfg.max_iters}"
-    print(f"notice: {why}, so --warmup_iters is {n}", file=sys.stderr)
-    return replace(cfg, warmup_iters=n)
-
-
-def save_checkpoint(
-    name: str, model: LanguageModel, optimizer: torch.optim.AdamW, step: int, log: list[dict],
-    run: dict | None,
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, step: int,
+    cfg: Config,
 ) -> None:
-    """Write the state between two steps to the folder of the run; without a run, do nothing."""
-    if run is None:
-        return
-    state = {
-        **run,  # the folder, the script, the settings, the characters, a checksum of the text
+    """Move the weights a little, so that the loss on one random batch falls."""
+    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    torch.manual_seed(batches.mix_seed(cfg.seed, step))
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
+    with autocast(cfg):
+        _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, cfg)
+    optimizer.step()
+
+
+def compile_model(model: LanguageModel, cfg: Config) -> Callable:
+    """Return the model or, with --compile, a faster version of it with the same weights."""
+    if not cfg.compile:
+        return model
+    hardware.check_compiler(cfg.device)
+    return torch.compile(model)
+
+
+def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
+    """What training needs to go on after step steps; run.save adds settings and characters."""
+    return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # the averages
-        "step": step,
-        "random_state": torch.get_rng_state(),
-        "log": log,
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "step": step,  # the learning rate and the random numbers follow from it
     }
-    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
-def wait_for(device: str) -> None:
-    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
-    torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
+def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
+    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    if run.is_new:
+        return 0
+    checkpoints.load_weights(model, run.saved)
+    checkpoints.load_averages(optimizer, run.saved)
+    return run.saved["step"]
 
 
 def train(
-    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
-    run: dict | None = None, state: dict | None = None,
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
-    Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
-    without it, nothing is saved. state: the checkpoint to continue from.
+    Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
-    cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
-    if cfg.compile:
-        hardware.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
-    history = []
-    first_step, log = 0, []
-    if state is not None:
-        checkpoints.load_averages(optimizer, state)
-        torch.set_rng_state(state["random_state"])
-        first_step, log = state["step"], state["log"]
-        history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
-    warming_up = True
-    clock_step, clock_start = 0, time.perf_counter()
+    if cfg.warmup_iters > cfg.max_iters / 2:
+        why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
+        print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
+    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    compiled_model = compile_model(model, cfg)
+    stopwatch = Stopwatch(cfg.device)
+    first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if runs.stop_requested():
-                save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                raise KeyboardInterrupt
-            is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
-            if not is_known and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
-                speed = 0.0  # tokens/s, unknown before the second step
-                if not warming_up and step > clock_step:
-                    wait_for(cfg.device)
-                    seconds = time.perf_counter() - clock_start
-                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
-                try:
-                    train_loss = estimate_loss(model, train_data, cfg)
-                    val_loss = estimate_loss(model, val_data, cfg)
-                except KeyboardInterrupt:
-                    save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                    raise
-                history.append((step, train_loss, val_loss))
-                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if speed > 0:
-                    report += f", {speed:,.0f} tokens/s"
-                tqdm.write(report)
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
-                is_best = all(val_loss < entry["val_loss"] for entry in log)
-                losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-                log.append({**losses, "tokens_per_second": speed})
-                save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                if is_best:
-                    save_checkpoint("best.pt", model, optimizer, step, log, run)
-                if run is not None:
-                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
-                clock_step, clock_start = step, time.perf_counter()
+                run.save(checkpoint(model, optimizer, step), train_loss, val_loss)
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                tqdm.write(f"step {step}: {losses}{speed}")
+                stopwatch.start()
             if step == cfg.max_iters:
                 break
+            if run.stop_requested():
+                run.save_latest(checkpoint(model, optimizer, step))
+                break
 
-            x, y = get_batch(train_data, cfg)  # (B, T) each
-            with autocast(cfg):
-                _, loss = compiled_model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, cfg)
-            optimizer.step()
+            train_step(compiled_model, optimizer, train_data, step, cfg)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
-            if warming_up:  # the first step compiles the model, so the clock starts after it
-                wait_for(cfg.device)
-                clock_step, clock_start = step + 1, time.perf_counter()
-                warming_up = False
-    return history
+    return run.history
 
 
-def characters_per_token(
-    tokens: np.ndarray | token_files.TokenFile, tokenizer: BPETokenizer | data.CharTokenizer
-) -> float:
-    """The mean length of a token in characters, over the first million tokens."""
-    n = min(len(tokens), 1_000_000)
-    ids = tokens[np.arange(n)]  # (n,)
-    return len(tokenizer.decode(ids.tolist())) / n
-
-
-def in_units(loss: float, token_length: float) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per character.
+def in_units(loss: float, tokens: np.ndarray, tokenizer: BPETokenizer | data.CharTokenizer) -> str:
+    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    token_length: the mean length of a token in characters.
+    tokens: int (n,), whose first million show how long a token is on average.
     """
+    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    text = tokenizer.decode(ids.tolist())
+    bytes_per_token = len(text.encode("utf-8")) / len(ids)
+    bits_per_byte = loss / math.log(2) / bytes_per_token
     perplexity = math.exp(min(loss, 700))  # more would overflow
-    bits = loss / math.log(2) / token_length
-    return f"{loss:.4f} nats per token, perplexity {perplexity:.4g}, {bits:.3f} bits per character"
+    return f"{loss:.4f} nats per token, perplexity {perplexity:.4g}, {bits_per_byte:.3f} bits/byte"
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
-        cfg = data.read_flags(Config, __doc__, argv)
-        state = None
-        if cfg.resume or cfg.sample_only:
-            state = runs.find_checkpoint(cfg)
-            # Parse again, with the settings of the checkpoint as defaults.
-            cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
+    with data.command_line():  # a user's mistake ends in one line of error
+        # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
+        cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
+        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         torch.manual_seed(cfg.seed)
 
-        cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
-        text = ""
-        if cfg.tokenizer == "char" and not cfg.sample_only:
-            text = data.load_text(cfg.data)
-        if cfg.tokenizer == "gpt2":
-            tokenizer = BPETokenizer()
-        else:
-            tokenizer = data.CharTokenizer(text if state is None else state["characters"])
+        tokenizer = make_tokenizer(cfg, saved)  # a run keeps its characters
+        cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
-        flag = "--prompt"
-        if cfg.prompt_file:
-            flag = "--prompt_file"
-            start = data.load_text(Path(cfg.prompt_file), flag)
-            cfg = replace(cfg, prompt=start, prompt_file="")  # what a checkpoint should hold
-        prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
-        tokenizer.encode(cfg.stop, "--stop")  # refuse a stop that can't occur
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
-        if state is not None:
-            checkpoints.load_weights(model, state)
+        print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            train_data, val_data = token_files.load_splits(cfg, tokenizer)
             corpus = token_files.checksum(train_data, val_data)
-            run = runs.describe_run(cfg, __file__, tokenizer, corpus, state)
+            run = runs.Run(cfg, __file__, tokenizer, corpus, saved)  # a folder and its files
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with runs.running(run):
-                train(model, train_data, val_data, cfg, run, state)
-            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
-            checkpoints.load_weights(model, state)
-            val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
-            token_length = characters_per_token(val_data, tokenizer)
-            print(f"validation loss {in_units(val_loss, token_length)}")
+            with run:  # from here on, Ctrl-C only asks train to stop
+                train(model, train_data, val_data, cfg, run)
+            saved = run.best()
+            _, val_loss = saved["history"][saved["step"]]
+            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
+        checkpoints.load_weights(model, saved)
 
-        print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
+        print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
-        model.to(choose_dtype(cfg))  # in bfloat16, half as many bytes to read for each token
         for i in range(cfg.num_samples):
             if i > 0:
                 print("---")
-            print(start, end="", flush=True)
-            tokens = model.stream(prompt, cfg.max_new_tokens)
-            for piece in stream_text(tokens, tokenizer, cfg.stop):
-                print(piece, end="", flush=True)
-            print()
+            tokens = model.stream(prompt, cfg.max_new_tokens, cfg)
+            terminal.print_text(start, tokens, tokenizer, cfg.stop)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,16 @@
 
 AdamW treats a matrix as a list of numbers. But the gradient of a matrix is usually dominated by a
 few directions, and small steps in all the others get lost. Muon (Jordan et al. 2024) replaces the
-update U S V^T, the singular value decomposition of the averaged gradient, by U V^T: a step of the
-same size in every direction.
+averaged gradient U S V^T, written as its singular value decomposition, by U V^T: a step of the same
+size in every direction. For example,
 
-It needs no decomposition. The polynomial X -> a X + b (X X^T) X + c (X X^T)^2 X, made of matmuls,
-changes every singular value s to a s + b s^3 + c s^5 and keeps the directions. Repeated, it brings
-each of them close to 1. With a = 3.4445, small ones more than triple each time, so five steps lift
-even 0.002 to 0.86. In return, they don't settle at 1: those that begin above 0.01 end anywhere
-between 0.68 and 1.14, which does no harm (Jordan et al. 2024).
+    [6  1]  has the singular values 9.47 and 0.53, and becomes  [0.8 -0.6]  with 1 and 1.
+    [7  2]                                                      [0.6  0.8]
+
+It needs no decomposition. The polynomial X -> a X + (b X X^T + c (X X^T)^2) X, made of matmuls,
+changes every singular value s to a s + b s^3 + c s^5 and keeps U and V. Repeated five times, it
+brings each s close to 1, if all are at most 1 at first: the example, divided by its norm of 9.49,
+has 0.998 and 0.056, which become 0.70 and 0.87. That is close enough (Jordan et al. 2024).
 
 Embeddings, the output layer and vectors stay with AdamW.
 
@@ -21,10 +23,8 @@ Diff:     git diff --no-index part5_modern/v9d_gqa.py part6_speedrun/v10a_muon.p
 
 import math
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -34,16 +34,17 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import hardware
-from support.old import checkpoints, runs
+from support import batches, checkpoints, hardware, runs, terminal
+from support.stopwatch import Stopwatch
 
 
 @dataclass
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -55,7 +56,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
-    eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, or a text file", "shakespeare")
@@ -71,19 +72,18 @@ class Config:
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
     top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("on tokens of the text; 1: off", 1.0, most=100)
+    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
 
 
-# The settings that determine the shapes of the weights.
-SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]
+SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed must keep these
 
 
-def choose_dtype(cfg: Config) -> torch.dtype:
-    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+def choose_dtype(cfg: Config) -> str:
+    """Return the dtype of matmuls, "float32" or "bfloat16"; auto means the faster of them.
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
@@ -91,39 +91,36 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
-    if cfg.dtype == "auto" and supported:
-        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-        return torch.float32 if is_narrow else torch.bfloat16
-    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not is_narrow:
+        return "bfloat16"
+    return "float32"
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
+    """A context in which matmuls run in cfg.dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
-    enabled = choose_dtype(cfg) == torch.bfloat16
+    enabled = cfg.dtype == "bfloat16"
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
 
 class KVCache:
     """The keys and values of the last block_size tokens that one layer has processed."""
 
-    def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
-        """Make room for block_size tokens, with the dtype and on the device of weight."""
-        head_size = cfg.n_embd // cfg.n_head
-        self.keys = weight.new_empty(  # (B, n_kv_head, block_size, head_size)
-            batch_size, cfg.n_kv_head, cfg.block_size, head_size
-        )
-        self.values = torch.empty_like(self.keys)  # (B, n_kv_head, block_size, head_size)
+    def __init__(self, cfg: Config, batch_size: int, device: torch.device) -> None:
+        shape = (batch_size, cfg.n_kv_head, cfg.block_size, cfg.n_embd // cfg.n_head)
+        self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
+        self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
 
-    def append(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
 
-        Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
+        In a full cache, a token replaces the oldest. The order of the keys doesn't matter: their
+        rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -144,15 +141,14 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
     return positions[:, None] * frequencies  # (T, head_size // 2)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
     A pair is a number in the first half of the head and one in the second, as in transformers.
     """
-    cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
-    a, b = a * cos - b * sin, b * cos + a * sin  # (..., T, head_size // 2) each
-    return torch.cat((a, b), dim=-1).to(x.dtype)  # (..., T, head_size)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    return rotated.to(x.dtype)  # (..., T, head_size)
 
 
 class RMSNorm(nn.Module):
@@ -163,10 +159,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))  # (size,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The mean is computed in float32, because bfloat16 has too few digits for it.
-        mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
-        normalised = x * torch.rsqrt(mean_square + 1e-5)  # (..., size)
-        return normalised.to(x.dtype) * self.weight  # (..., size)
+        mean_square = x.pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
+        return x * torch.rsqrt(mean_square + 1e-5) * self.weight  # (..., size)
 
 
 class MultiHeadAttention(nn.Module):
@@ -188,40 +182,36 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
-        self.kv_size = cfg.n_embd // cfg.n_head * cfg.n_kv_head
-        self.query_key_value = nn.Linear(cfg.n_embd, cfg.n_embd + 2 * self.kv_size, bias=False)
+        kv_size = cfg.n_embd // cfg.n_head * cfg.n_kv_head
+        self.query = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
+        self.key = nn.Linear(cfg.n_embd, kv_size, bias=False)
+        self.value = nn.Linear(cfg.n_embd, kv_size, bias=False)
         self.projection = nn.Linear(cfg.n_embd, cfg.n_embd, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
 
     def forward(
-        self, x: torch.Tensor, angles: torch.Tensor, cache: KVCache | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
     ) -> torch.Tensor:
         B, T, n_embd = x.shape
-        sizes = [n_embd, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, sizes[i]) each
+        query = self.query(x)  # (B, T, n_embd)
+        key = self.key(x)  # (B, T, n_kv_head * head_size)
+        value = self.value(x)  # (B, T, n_kv_head * head_size)
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, head_size)
         value = value.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, head_size)
-        query = rotate(query, angles)  # (B, n_head, T, head_size)
-        key = rotate(key, angles)  # (B, n_kv_head, T, head_size)
-        # The call below is a function, so model.eval() doesn't switch off its dropout.
-        dropout_p = self.dropout.p if self.training else 0.0
-        n_old = 0  # the number of tokens before those in x
+        query = rotate(query, cos, sin)  # (B, n_head, T, head_size)
+        key = rotate(key, cos, sin)  # (B, n_kv_head, T, head_size)
         if cache is not None:
-            n_old = cache.length
             key, value = cache.append(key, value)  # (B, n_kv_head, n_keys, head_size) each
-        mask = None
-        if n_old > 0 and T > 1:
-            # Query i may look at n_old + i + 1 keys, but is_causal would show it the first i + 1.
-            # A single query may look at all of them, and needs no mask.
-            ones = torch.ones(T, n_old + T, dtype=torch.bool, device=x.device)  # (T, n_old + T)
-            mask = ones.tril(diagonal=n_old)  # (T, n_old + T)
+        # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
+        # off its dropout.
+        dropout_p = self.dropout.p if self.training else 0.0
+        # is_causal would take a single new query for query 0, and show it nothing but key 0.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=n_old == 0,
-            enable_gqa=True,
+            query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
         )
         # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).reshape(B, T, n_embd)  # (B, T, n_embd)
@@ -236,7 +226,7 @@ class FeedForward(nn.Module):
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        hidden = 8 * math.ceil(cfg.n_embd / 3)  # two thirds of 4 * n_embd, a multiple of 8
+        hidden = 8 * math.ceil(cfg.n_embd / 3)  # two thirds of 4 * n_embd, in multiples of 8
         self.gate = nn.Linear(cfg.n_embd, hidden, bias=False)
         self.expansion = nn.Linear(cfg.n_embd, hidden, bias=False)
         self.projection = nn.Linear(hidden, cfg.n_embd, bias=False)
@@ -250,23 +240,23 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = RMSNorm(cfg.n_embd)
+        self.norm_1 = RMSNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = RMSNorm(cfg.n_embd)
+        self.norm_2 = RMSNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(
-        self, x: torch.Tensor, angles: torch.Tensor, cache: KVCache | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
     ) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x), angles, cache)  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x), cos, sin, cache)  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -275,11 +265,11 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
-        self.cfg = cfg  # choose_token reads its settings from it
         self.block_size = cfg.block_size
+        self.head_size = cfg.n_embd // cfg.n_head
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
-        self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = RMSNorm(cfg.n_embd)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        self.norm_f = RMSNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         # Small weights, as in GPT (Radford et al. 2018, section 4.1). RMSNorm's have one dimension,
         # so they keep their initial value, 1.
@@ -294,18 +284,17 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block, with the tokens before idx.
+        caches: one for each block. They must be empty, unless idx is a single token.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
-        head_size = self.cfg.n_embd // self.cfg.n_head
-        angles = rotation_angles(positions, head_size)  # (T, head_size // 2)
+        angles = rotation_angles(positions, self.head_size)  # (T, head_size // 2)
+        cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
         x = self.token_embedding(idx)  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[i]
-            x = block(x, angles, cache)  # (B, T, n_embd)
+            x = block(x, cos, sin, None if caches is None else caches[i])  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -315,32 +304,25 @@ class LanguageModel(nn.Module):
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
-    def make_caches(self, batch_size: int) -> list[KVCache]:
-        """Return an empty cache for each block."""
-        return [KVCache(self.cfg, batch_size, self.lm_head.weight) for _ in self.blocks]
-
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, cfg: Config) -> Iterator[torch.Tensor]:
         """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
-        caches = self.make_caches(len(idx))
-        context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+        caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
         for _ in range(max_new_tokens):
+            # The model is trained on block_size positions, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            if caches[0].length > 0:
+                context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, self.cfg)  # (B, 1)
+            next_token = choose_token(logits[:, -1], idx, cfg)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
-            context = next_token  # (B, 1), because the caches have the rest
             yield next_token
-
-    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
-        new_tokens = list(self.stream(idx, max_new_tokens))
-        return torch.cat([idx, *new_tokens], dim=1)  # (B, T + max_new_tokens)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T)
+    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -353,20 +335,20 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set the logits, float (B, V), of the least likely tokens to -inf: at most 1 - p in all."""
+    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
-    drop[:, -1] = False  # the most likely token stays, whatever p is
-    # From sorted order back to the order of the tokens.
-    drop = drop.scatter(1, order, drop)  # (B, V)
+    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
+    drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
-    if cfg.repetition_penalty >= 1e-6:  # a smaller number is as good as 0
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:
+    if cfg.temperature < 1e-6:  # dividing by so little would overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -377,121 +359,72 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
 
 
-def stream_text(
-    tokens: Iterator[torch.Tensor], tokenizer: data.CharTokenizer, stop: str
-) -> Iterator[str]:
-    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any."""
-    n_waiting = max(0, len(stop) - 1)  # so many last characters may be the beginning of stop
-    text = ""  # what hasn't been yielded yet
-    for token in tokens:
-        text += tokenizer.decode([token.item()])
-        if stop and stop in text:
-            yield text[: text.index(stop)]
-            return
-        n_ready = max(0, len(text) - n_waiting)
-        yield text[:n_ready]
-        text = text[n_ready:]
-    yield text
-
-
-def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
-    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
-    if cfg.device.startswith("cuda"):
-        # From pinned memory, the GPU fetches a contiguous tensor itself while Python goes on.
-        x = x.contiguous().pin_memory()  # (B, T)
-        y = y.contiguous().pin_memory()  # (B, T)
-    x = x.to(cfg.device, non_blocking=True)  # (B, T)
-    y = y.to(cfg.device, non_blocking=True)  # (B, T)
-    return x, y
-
-
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Return the mean loss in nats over the same windows each time, to make estimates comparable.
+    """Return the mean loss in nats over eval_iters batches; a single one is noisy.
 
-    The windows lie side by side and cover the split or, if it is larger than eval_iters batches,
-    are spread evenly over it.
+    They are the same each time, so that a lower loss means better weights, not easier batches.
     """
-    model.eval()  # switches off dropout, which v5 introduces
-    n_windows = (len(tokens) - 1) // cfg.block_size
-    n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
-    # The numbers of the windows, evenly spread; all of them if n_chosen is n_windows.
-    chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
-    starts = chosen * cfg.block_size  # (n_chosen,)
-    total = 0.0
-    for i in range(0, n_chosen, cfg.batch_size):
-        if runs.stop_requested():
-            raise KeyboardInterrupt  # train catches it and saves
-        batch = starts[i : i + cfg.batch_size]
-        x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
+    model.eval()  # switches off dropout, if the model has any
+    losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
+    for i in range(cfg.eval_iters):
+        x, y = batches.get_spread_batch(  # (B, T) each
+            tokens, i, cfg.eval_iters, cfg.batch_size, cfg.block_size, cfg.device
+        )
         with autocast(cfg):
             _, loss = model(x, y)  # ()
-        total += loss.item() * len(batch)  # the last batch may be smaller
+        losses[i] = loss.item()
     model.train()
-    return total / n_chosen
+    return losses.mean().item()
 
 
-def orthogonalise(matrices: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of matrices, float (n, rows, columns), close to 1; same shape."""
-    # The iteration needs singular values of at most 1, and none is larger than the norm.
-    x = matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)  # (n, rows, columns)
-    if hardware.supports_bfloat16(x.device.type):
-        x = x.bfloat16()  # (n, rows, columns)
-    is_tall = x.shape[1] > x.shape[2]
+def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
+    """Bring the singular values of a matrix, float (rows, columns), close to 1; same shape."""
+    a, b, c = 3.4445, -4.7750, 2.0315  # small singular values more than triple in each round
+    # All singular values must be at most 1, and none is larger than the norm.
+    x = matrix / (matrix.norm() + 1e-7)  # (rows, columns)
+    is_tall = x.shape[0] > x.shape[1]
     if is_tall:
-        x = x.mT  # (n, columns, rows), so that the product below is the smaller one of the two
+        x = x.mT  # (columns, rows), so that the product below is the smaller one of the two
     for _ in range(5):
-        square = x @ x.mT  # (n, min(rows, columns), min(rows, columns))
-        factor = -4.7750 * square + 2.0315 * square @ square  # the same shape
-        x = 3.4445 * x + factor @ x  # (n, min(rows, columns), max(rows, columns))
+        square = x @ x.mT  # (n, n), where n is min(rows, columns)
+        x = a * x + (b * square + c * square @ square) @ x  # (n, max(rows, columns))
     if is_tall:
-        x = x.mT  # (n, rows, columns)
-    return x.to(matrices.dtype)  # (n, rows, columns)
+        x = x.mT  # (rows, columns)
+    return x  # (rows, columns)
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, orthogonalised updates and decoupled weight decay (Jordan et al. 2024)."""
 
-    def __init__(self, groups: list[dict], lr: float, weight_decay: float) -> None:
-        super().__init__(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.95})
+    def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self) -> None:
-        """Update all parameters from their gradients."""
+        """Update all matrices from their gradients."""
+        momentum = 0.95
         for group in self.param_groups:
-            pairs = {}  # for each shape, matrices and their updates
-            for parameter in group["params"]:
-                state = self.state[parameter]
+            for matrix in group["params"]:
+                state = self.state[matrix]
                 if "average" not in state:
-                    state["average"] = torch.zeros_like(parameter)
-                average = state["average"]
-                average.lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(average, group["momentum"])  # Nesterov's momentum
-                rows = group.get("rows", len(parameter))  # of each matrix in a parameter
-                for matrix, part in zip(parameter.split(rows), update.split(rows), strict=True):
-                    pairs.setdefault(matrix.shape, []).append((matrix, part))
-            for (n_rows, n_columns), same_shape in pairs.items():
-                updates = orthogonalise(torch.stack([part for _, part in same_shape]))
+                    state["average"] = torch.zeros_like(matrix)  # (rows, columns)
+                average = state["average"]  # of the gradients so far, (rows, columns)
+                average.mul_(momentum).add_(matrix.grad, alpha=1 - momentum)
+                # Nesterov's momentum: the newest gradient counts once more.
+                update = momentum * average + (1 - momentum) * matrix.grad  # (rows, columns)
+                update = orthogonalise(update)  # (rows, columns)
                 # Then the numbers in an update are about as large as in AdamW's (Liu et al. 2025),
                 # so that both can have the same learning rate.
-                scale = 0.2 * max(n_rows, n_columns) ** 0.5
-                for (matrix, _), update in zip(same_shape, updates, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.sub_(update, alpha=group["lr"] * scale)
+                scale = 0.2 * max(matrix.shape) ** 0.5
+                matrix.mul_(1 - group["lr"] * group["weight_decay"])
+                matrix.sub_(update, alpha=group["lr"] * scale)
 
 
 def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
-    joint, single = [], []
-    for name, parameter in model.blocks.named_parameters():
-        if "query_key_value" in name:
-            joint.append(parameter)
-        elif parameter.ndim == 2:
-            single.append(parameter)
-    kv_size = cfg.n_embd // cfg.n_head * cfg.n_kv_head
-    groups = [{"params": joint, "rows": [cfg.n_embd, kv_size, kv_size]}, {"params": single}]
-    muon = Muon(groups, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
+    muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     embeddings = [model.token_embedding.weight, model.lm_head.weight]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -510,179 +443,134 @@ def learning_rate_at(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def shorten_warmup(cfg: Config) -> Config:
-    """Cut a warm-up that would take more than half of the run down to a tenth of the run."""
-    if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
-        return cfg
-    n = cfg.max_iters // 10
-    why = f"a warm-up of {cfg.warmup_iters} steps would take up most of a run of {cfg.max_iters}"
-    print(f"notice: {why}, so --warmup_iters is {n}", file=sys.stderr)
-    return replace(cfg, warmup_iters=n)
-
-
-def save_checkpoint(
-    name: str, model: LanguageModel, optimizers: list, step: int, log: list[dict], run: dict | None
+def train_step(
+    model: LanguageModel, optimizers: list[torch.optim.Optimizer], tokens: np.ndarray, step: int,
+    cfg: Config,
 ) -> None:
-    """Write the state between two steps to the folder of the run; without a run, do nothing."""
-    if run is None:
-        return
-    state = {
-        **run,  # the folder, the script, the settings, the characters, a checksum of the text
+    """Move the weights a little, so that the loss on one random batch falls."""
+    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    torch.manual_seed(batches.mix_seed(cfg.seed, step))
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
+    with autocast(cfg):
+        _, loss = model(x, y)  # ()
+    model.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, cfg)
+        with autocast(cfg):  # Muon multiplies matrices, too
+            optimizer.step()
+
+
+def compile_model(model: LanguageModel, cfg: Config) -> Callable:
+    """Return the model or, with --compile, a faster version of it with the same weights."""
+    if not cfg.compile:
+        return model
+    hardware.check_compiler(cfg.device)
+    return torch.compile(model)
+
+
+def checkpoint(model: LanguageModel, optimizers: list[torch.optim.Optimizer], step: int) -> dict:
+    """What training needs to go on after step steps; run.save adds settings and characters."""
+    muon, adamw = optimizers
+    return {
         "model": model.state_dict(),
-        "optimizer": {i: o.state_dict()["state"] for i, o in enumerate(optimizers)},  # averages
-        "step": step,
-        "random_state": torch.get_rng_state(),
-        "log": log,
+        "optimizer": {
+            "muon": muon.state_dict()["state"],  # its averages
+            "adamw": adamw.state_dict()["state"],  # its m, v and steps, no settings
+        },
+        "step": step,  # the learning rate and the random numbers follow from it
     }
-    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
-def wait_for(device: str) -> None:
-    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
-    torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
+def restore(model: LanguageModel, optimizers: list[torch.optim.Optimizer], run: runs.Run) -> int:
+    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    if run.is_new:
+        return 0
+    checkpoints.load_weights(model, run.saved)
+    muon, adamw = optimizers
+    checkpoints.load_averages(muon, run.saved, "muon")
+    checkpoints.load_averages(adamw, run.saved, "adamw")
+    return run.saved["step"]
 
 
 def train(
-    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
-    run: dict | None = None, state: dict | None = None,
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
-    Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
-    without it, nothing is saved. state: the checkpoint to continue from.
+    Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
-    cfg = shorten_warmup(cfg)
     optimizers = make_optimizers(model, cfg)
-    if cfg.compile:
-        hardware.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
-    history = []
-    first_step, log = 0, []
-    if state is not None:
-        for i, optimizer in enumerate(optimizers):
-            checkpoints.load_averages(optimizer, {**state, "optimizer": state["optimizer"][i]})
-        torch.set_rng_state(state["random_state"])
-        first_step, log = state["step"], state["log"]
-        history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
-    warming_up = True
-    clock_step, clock_start = 0, time.perf_counter()
+    if cfg.warmup_iters > cfg.max_iters / 2:
+        why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
+        print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
+    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    compiled_model = compile_model(model, cfg)
+    stopwatch = Stopwatch(cfg.device)
+    first_step = restore(model, optimizers, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if runs.stop_requested():
-                save_checkpoint("latest.pt", model, optimizers, step, log, run)
-                raise KeyboardInterrupt
-            is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
-            if not is_known and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
-                speed = 0.0  # tokens/s, unknown before the second step
-                if not warming_up and step > clock_step:
-                    wait_for(cfg.device)
-                    seconds = time.perf_counter() - clock_start
-                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
-                try:
-                    train_loss = estimate_loss(model, train_data, cfg)
-                    val_loss = estimate_loss(model, val_data, cfg)
-                except KeyboardInterrupt:
-                    save_checkpoint("latest.pt", model, optimizers, step, log, run)
-                    raise
-                history.append((step, train_loss, val_loss))
-                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if speed > 0:
-                    report += f", {speed:,.0f} tokens/s"
-                tqdm.write(report)
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
-                is_best = all(val_loss < entry["val_loss"] for entry in log)
-                losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-                log.append({**losses, "tokens_per_second": speed})
-                save_checkpoint("latest.pt", model, optimizers, step, log, run)
-                if is_best:
-                    save_checkpoint("best.pt", model, optimizers, step, log, run)
-                if run is not None:
-                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
-                clock_step, clock_start = step, time.perf_counter()
+                run.save(checkpoint(model, optimizers, step), train_loss, val_loss)
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                tqdm.write(f"step {step}: {losses}{speed}")
+                stopwatch.start()
             if step == cfg.max_iters:
                 break
+            if run.stop_requested():
+                run.save_latest(checkpoint(model, optimizers, step))
+                break
 
-            x, y = get_batch(train_data, cfg)  # (B, T) each
-            with autocast(cfg):
-                _, loss = compiled_model(x, y)  # ()
-            model.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-            for optimizer in optimizers:
-                for group in optimizer.param_groups:
-                    group["lr"] = learning_rate_at(step, cfg)
-                optimizer.step()
+            train_step(compiled_model, optimizers, train_data, step, cfg)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
-            if warming_up:  # the first step compiles the model, so the clock starts after it
-                wait_for(cfg.device)
-                clock_step, clock_start = step + 1, time.perf_counter()
-                warming_up = False
-    return history
-
-
-def in_units(loss: float) -> str:
-    """Return a loss, in nats per character, also in bits per character and as perplexity.
-
-    Perplexity is exp(loss): the model is as unsure as if it guessed among that many characters.
-    """
-    perplexity = math.exp(min(loss, 700))  # more would overflow
-    bits = loss / math.log(2)
-    return f"{loss:.4f} nats per character, {bits:.3f} bits, perplexity {perplexity:.4g}"
+    return run.history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
-        cfg = data.read_flags(Config, __doc__, argv)
-        state = None
-        if cfg.resume or cfg.sample_only:
-            state = runs.find_checkpoint(cfg)
-            # Parse again, with the settings of the checkpoint as defaults.
-            cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
+    with data.command_line():  # a user's mistake ends in one line of error
+        # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
+        cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
+        cfg = replace(cfg, dtype=choose_dtype(cfg))
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(text if state is None else state["characters"])
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
+        cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
-        flag = "--prompt"
-        if cfg.prompt_file:
-            flag = "--prompt_file"
-            start = data.load_text(Path(cfg.prompt_file), flag)
-            cfg = replace(cfg, prompt=start, prompt_file="")  # what a checkpoint should hold
-        prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
-        tokenizer.encode(cfg.stop, "--stop")  # refuse a stop that can't occur
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
-        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
-        if state is not None:
-            checkpoints.load_weights(model, state)
+        print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            run = runs.describe_run(cfg, __file__, tokenizer, text, state)
+            run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with runs.running(run):
-                train(model, train_data, val_data, cfg, run, state)
-            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
-            checkpoints.load_weights(model, state)
-            val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
-            print(f"validation loss {in_units(val_loss)}")
+            with run:  # from here on, Ctrl-C only asks train to stop
+                train(model, train_data, val_data, cfg, run)
+        best = saved if cfg.sample_only else run.best()
+        checkpoints.load_weights(model, best)
 
-        print(f"sampling with the weights after step {state['step']}", file=sys.stderr)
+        print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
-        model.to(choose_dtype(cfg))  # in bfloat16, half as many bytes to read for each token
         for i in range(cfg.num_samples):
             if i > 0:
                 print("---")
-            print(start, end="", flush=True)
-            tokens = model.stream(prompt, cfg.max_new_tokens)
-            for piece in stream_text(tokens, tokenizer, cfg.stop):
-                print(piece, end="", flush=True)
-            print()
+            tokens = model.stream(prompt, cfg.max_new_tokens, cfg)
+            terminal.print_text(start, tokens, tokenizer, cfg.stop)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,16 @@
 A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
 config.json; support/llama_files.py translates their names, and refuses a model that needs more than
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
-LLAMA_NAMES says where each tensor goes. The files have separate matrices for queries, keys and
-values; ours holds the rows of all three.
+LLAMA_NAMES says where each tensor goes.
 
 While sampling, the weights keep the dtype of the files, which is bfloat16 for most models and takes
 half as much memory as float32. They are copied one by one, so memory never holds all of them twice.
 Training needs float32.
 
-New here: LLAMA_NAMES, released_weights, load_released, and the settings of a released model.
+A run can now start in four ways: new, from a checkpoint, from its best weights to sample, or from a
+released model. read_settings decides which, and refuses flags that contradict each other.
+
+New here: LLAMA_NAMES, FINE_TUNING, read_settings, released_weights and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
 Run it:   python part7_released/v11c_llama_weights.py --init_from HuggingFaceTB/SmolLM2-135M
           python part7_released/v11c_llama_weights.py --init_from Qwen/Qwen3-0.6B --sample_only
@@ -21,8 +23,7 @@ Diff:     git diff --no-index part7_released/v11b_tokenizer.py part7_released/v1
 
 import math
 import sys
-import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -35,18 +36,21 @@ from tqdm import tqdm
 
 import data
 from data import setting
-from support import hardware, llama_files, model_files
-from support.old import checkpoints, runs
+from support import batches, checkpoints, hardware, llama_files, model_files, runs, terminal
+from support.stopwatch import Stopwatch
 
 # What the parts of our model are called in the released files.
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
-    "ln_1": "input_layernorm",
-    "ln_2": "post_attention_layernorm",
-    "ln_f": "model.norm",
+    "norm_1": "input_layernorm",
+    "norm_2": "post_attention_layernorm",
+    "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm",
     "attention.key_norm": "self_attn.k_norm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
     "attention.projection": "self_attn.o_proj",
     "feed_forward.gate": "mlp.gate_proj",
     "feed_forward.expansion": "mlp.up_proj",
@@ -56,7 +60,7 @@ LLAMA_NAMES = {
 # The defaults for training that starts from released weights, on every device.
 FINE_TUNING = {
     "learning_rate": 3e-5, "dropout": 0.0, "weight_decay": 0.1, "batch_size": 4, "max_iters": 200,
-    "eval_interval": 50, "eval_iters": 10,
+    "warmup_iters": 20, "eval_interval": 50, "eval_iters": 10,
 }
 
 
@@ -64,8 +68,9 @@ FINE_TUNING = {
 class Config:
     """The settings. Each one is also a command-line flag with the same name.
 
-    In shape comments, B is the number of windows in a batch, T the number of tokens in a window,
-    and V the size of the vocabulary.
+    A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
+    number of windows in a batch, T the number of tokens in a window, and V the size of the
+    vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -77,7 +82,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=3600)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
-    eval_iters: int = setting("maximum batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, or a text file", "shakespeare")
@@ -93,7 +98,7 @@ class Config:
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
     top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("on tokens of the text; 1: off", 1.0, most=100)
+    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -113,8 +118,7 @@ class Config:
     export: str = setting("folder to write the best weights to", "")
 
 
-# The settings that the weights were trained with, so they can't change.
-SIZES = [
+SIZES = [  # a run that is resumed must keep these
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qk_norm",
     "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor",
     "rope_high_freq_factor", "original_max_position_embeddings", "tokenizer",
@@ -128,7 +132,7 @@ class FileTokenizer:
     characters = ""  # a checkpoint lists them, but only CharTokenizer has any
 
     def __init__(self, content: dict) -> None:
-        """content: what llama.read_tokenizer returns."""
+        """content: what llama_files.read_tokenizer returns; a checkpoint keeps it."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -145,8 +149,17 @@ class FileTokenizer:
         return self.tokenizer.decode(tokens)
 
 
-def choose_dtype(cfg: Config) -> torch.dtype:
-    """The dtype for matmuls, torch.float32 or torch.bfloat16, as --dtype says.
+def make_tokenizer(cfg: Config, saved: dict, text: str) -> FileTokenizer | data.CharTokenizer:
+    """The tokenizer of a checkpoint or, in a new run, that of --tokenizer."""
+    if cfg.tokenizer == "char":
+        return data.CharTokenizer(saved.get("characters", text))
+    if "tokenizer_content" in saved:
+        return FileTokenizer(saved["tokenizer_content"])
+    return FileTokenizer(llama_files.read_tokenizer(Path(cfg.tokenizer), "--tokenizer"))
+
+
+def choose_dtype(cfg: Config) -> str:
+    """Return the dtype of matmuls, "float32" or "bfloat16"; auto means the faster of them.
 
     Raises data.InputError if --dtype is bfloat16 and the hardware doesn't support it.
     """
@@ -154,17 +167,19 @@ def choose_dtype(cfg: Config) -> torch.dtype:
     if cfg.dtype == "bfloat16" and not supported:
         why = f"not supported on {cfg.device}; use --dtype float32"
         raise data.InputError(f"--dtype bfloat16: {why}")
-    if cfg.dtype == "auto" and supported:
-        # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-        is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-        return torch.float32 if is_narrow else torch.bfloat16
-    return torch.bfloat16 if cfg.dtype == "bfloat16" else torch.float32
+    if cfg.dtype != "auto":
+        return cfg.dtype
+    # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
+    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not is_narrow:
+        return "bfloat16"
+    return "float32"
 
 
 def autocast(cfg: Config) -> torch.autocast:
-    """A context in which matmuls run in the dtype of choose_dtype; the weights stay float32."""
+    """A context in which matmuls run in cfg.dtype; the weights stay float32."""
     device_type = torch.device(cfg.device).type
-    enabled = choose_dtype(cfg) == torch.bfloat16
+    enabled = cfg.dtype == "bfloat16"
     return torch.autocast(device_type, dtype=torch.bfloat16, enabled=enabled)
 
 
@@ -184,21 +199,16 @@ class KVCache:
     """The keys and values of the last block_size tokens that one layer has processed."""
 
     def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
-        """Make room for block_size tokens, with the dtype and on the device of weight."""
-        head_size = head_size_of(cfg)
-        self.keys = weight.new_empty(  # (B, n_kv_head, block_size, head_size)
-            batch_size, cfg.n_kv_head, cfg.block_size, head_size
-        )
-        self.values = torch.empty_like(self.keys)  # (B, n_kv_head, block_size, head_size)
+        shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
+        self.keys = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
+        self.values = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
 
-    def append(
-        self, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T tokens, float (B, n_kv_head, T, head_size) each; return those of all tokens kept.
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
 
-        Several tokens must fit into the room that is left. In a full cache, a single token replaces
-        the oldest. The order of the keys doesn't matter: their rotation says where they belong.
+        In a full cache, a token replaces the oldest. The order of the keys doesn't matter: their
+        rotation says where they belong.
         """
         block_size = self.keys.shape[2]
         begin = self.length % block_size
@@ -218,25 +228,22 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     i = torch.arange(0, head_size, 2, device=positions.device)  # (head_size // 2,)
     frequencies = 1 / cfg.rope_theta ** (i / head_size)  # (head_size // 2,)
     if cfg.rope_factor != 1:
-        context = cfg.original_max_position_embeddings
-        turns = context * frequencies / (2 * math.pi)  # (head_size // 2,)
+        turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
         # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
-        slowed = frequencies / cfg.rope_factor  # (head_size // 2,)
-        frequencies = kept * frequencies + (1 - kept) * slowed  # (head_size // 2,)
+        frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
 
 
-def rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Rotate queries or keys, float (..., T, head_size), by angles, (T, head_size // 2).
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
     A pair is a number in the first half of the head and one in the second, as in transformers.
     """
-    cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
-    a, b = a * cos - b * sin, b * cos + a * sin  # (..., T, head_size // 2) each
-    return torch.cat((a, b), dim=-1).to(x.dtype)  # (..., T, head_size)
+    rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    return rotated.to(x.dtype)  # (..., T, head_size)
 
 
 class RMSNorm(nn.Module):
@@ -269,10 +276,11 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
-        self.query_size = head_size * cfg.n_head
-        self.kv_size = head_size * cfg.n_kv_head
-        self.query_key_value = nn.Linear(cfg.n_embd, self.query_size + 2 * self.kv_size, bias=False)
-        self.projection = nn.Linear(self.query_size, cfg.n_embd, bias=False)
+        kv_size = head_size * cfg.n_kv_head
+        self.query = nn.Linear(cfg.n_embd, head_size * cfg.n_head, bias=False)
+        self.key = nn.Linear(cfg.n_embd, kv_size, bias=False)
+        self.value = nn.Linear(cfg.n_embd, kv_size, bias=False)
+        self.projection = nn.Linear(head_size * cfg.n_head, cfg.n_embd, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
         if cfg.qk_norm:
@@ -280,37 +288,31 @@ class MultiHeadAttention(nn.Module):
             self.key_norm = RMSNorm(head_size, cfg.rms_norm_eps)
 
     def forward(
-        self, x: torch.Tensor, angles: torch.Tensor, cache: KVCache | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
     ) -> torch.Tensor:
         B, T, _ = x.shape
-        sizes = [self.query_size, self.kv_size, self.kv_size]
-        query, key, value = self.query_key_value(x).split(sizes, dim=-1)  # (B, T, sizes[i]) each
+        query = self.query(x)  # (B, T, n_head * head_size)
+        key = self.key(x)  # (B, T, n_kv_head * head_size)
+        value = self.value(x)  # (B, T, n_kv_head * head_size)
         # Cut the last dimension into heads, and put the heads next to the batch: attention works on
         # the last two dimensions and treats all those before them as the batch.
         query = query.view(B, T, self.n_head, -1).transpose(1, 2)  # (B, n_head, T, head_size)
         key = key.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, head_size)
         value = value.view(B, T, self.n_kv_head, -1).transpose(1, 2)  # (B, n_kv_head, T, head_size)
-        query = rotate(self.query_norm(query), angles)  # (B, n_head, T, head_size)
-        key = rotate(self.key_norm(key), angles)  # (B, n_kv_head, T, head_size)
-        # The call below is a function, so model.eval() doesn't switch off its dropout.
-        dropout_p = self.dropout.p if self.training else 0.0
-        n_old = 0  # the number of tokens before those in x
+        query = rotate(self.query_norm(query), cos, sin)  # (B, n_head, T, head_size)
+        key = rotate(self.key_norm(key), cos, sin)  # (B, n_kv_head, T, head_size)
         if cache is not None:
-            n_old = cache.length
             key, value = cache.append(key, value)  # (B, n_kv_head, n_keys, head_size) each
-        mask = None
-        if n_old > 0 and T > 1:
-            # Query i may look at n_old + i + 1 keys, but is_causal would show it the first i + 1.
-            # A single query may look at all of them, and needs no mask.
-            ones = torch.ones(T, n_old + T, dtype=torch.bool, device=x.device)  # (T, n_old + T)
-            mask = ones.tril(diagonal=n_old)  # (T, n_old + T)
+        # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
+        # off its dropout.
+        dropout_p = self.dropout.p if self.training else 0.0
+        # is_causal would take a single new query for query 0, and show it nothing but key 0.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
-            query, key, value, attn_mask=mask, dropout_p=dropout_p, is_causal=n_old == 0,
-            enable_gqa=True,
+            query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
         )
         # Put the outputs of the heads side by side again.
-        x = x.transpose(1, 2).reshape(B, T, self.query_size)  # (B, T, query_size)
+        x = x.transpose(1, 2).flatten(2)  # (B, T, n_head * head_size)
         return self.dropout(self.projection(x))  # (B, T, n_embd)
 
 
@@ -324,7 +326,7 @@ class FeedForward(nn.Module):
         super().__init__()
         hidden = cfg.intermediate_size
         if hidden == 0:
-            hidden = 8 * math.ceil(cfg.n_embd / 3)  # two thirds of 4 * n_embd, a multiple of 8
+            hidden = 8 * math.ceil(cfg.n_embd / 3)  # two thirds of 4 * n_embd, in multiples of 8
         self.gate = nn.Linear(cfg.n_embd, hidden, bias=False)
         self.expansion = nn.Linear(cfg.n_embd, hidden, bias=False)
         self.projection = nn.Linear(hidden, cfg.n_embd, bias=False)
@@ -338,23 +340,23 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with RMSNorm on its input.
 
-    RMSNorm is where GPT-2 has LayerNorm (Radford et al. 2019, section 2.3). Maps float
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
     (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.ln_1 = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
+        self.norm_1 = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
         self.attention = MultiHeadAttention(cfg)
-        self.ln_2 = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
+        self.norm_2 = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
         self.feed_forward = FeedForward(cfg)
 
     def forward(
-        self, x: torch.Tensor, angles: torch.Tensor, cache: KVCache | None = None
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, cache: KVCache | None = None
     ) -> torch.Tensor:
         # Residual connections: each part adds to x instead of replacing it.
-        x = x + self.attention(self.ln_1(x), angles, cache)  # (B, T, n_embd)
-        x = x + self.feed_forward(self.ln_2(x))  # (B, T, n_embd)
+        x = x + self.attention(self.norm_1(x), cos, sin, cache)  # (B, T, n_embd)
+        x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
         return x
 
 
@@ -363,14 +365,14 @@ class LanguageModel(nn.Module):
 
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
-        self.cfg = cfg  # choose_token reads its settings from it
         self.block_size = cfg.block_size
+        self.cfg = cfg  # the settings of the rotation
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
-        self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
-        self.ln_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
+        self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
+        self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         if cfg.tie_word_embeddings:
-            self.lm_head.weight = self.token_embedding.weight
+            self.lm_head.weight = self.token_embedding.weight  # (V, n_embd), the same parameter
         # Small weights, as in GPT (Radford et al. 2018, section 4.1). RMSNorm's have one dimension,
         # so they keep their initial value, 1.
         for parameter in self.parameters():
@@ -384,17 +386,17 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block, with the tokens before idx.
+        caches: one for each block. They must be empty, unless idx is a single token.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
         angles = rotation_angles(positions, self.cfg)  # (T, head_size // 2)
+        cos, sin = angles.cos(), angles.sin()  # (T, head_size // 2) each
         x = self.token_embedding(idx)  # (B, T, n_embd)
         for i, block in enumerate(self.blocks):
-            cache = None if caches is None else caches[i]
-            x = block(x, angles, cache)  # (B, T, n_embd)
+            x = block(x, cos, sin, None if caches is None else caches[i])  # (B, T, n_embd)
         # Each block has added to x, so normalise the sum before the last layer reads it.
-        x = self.ln_f(x)  # (B, T, n_embd)
+        x = self.norm_f(x)  # (B, T, n_embd)
         logits = self.lm_head(x)  # (B, T, V)
         if targets is None:
             return logits, None
@@ -404,32 +406,25 @@ class LanguageModel(nn.Module):
         loss = F.cross_entropy(rows, targets.flatten())  # ()
         return logits, loss
 
-    def make_caches(self, batch_size: int) -> list[KVCache]:
-        """Return an empty cache for each block."""
-        return [KVCache(self.cfg, batch_size, self.lm_head.weight) for _ in self.blocks]
-
     @torch.no_grad()
-    def stream(self, idx: torch.Tensor, max_new_tokens: int) -> Iterator[torch.Tensor]:
+    def stream(self, idx: torch.Tensor, max_new_tokens: int, cfg: Config) -> Iterator[torch.Tensor]:
         """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
-        caches = self.make_caches(len(idx))
-        context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+        caches = [KVCache(cfg, len(idx), self.lm_head.weight) for _ in self.blocks]
         for _ in range(max_new_tokens):
+            # The model is trained on block_size positions, so older tokens drop out of view.
+            context = idx[:, -self.block_size :]  # (B, min(T, block_size))
+            if caches[0].length > 0:
+                context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, self.cfg)  # (B, 1)
+            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1)
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
-            context = next_token  # (B, 1), because the caches have the rest
             yield next_token
-
-    def generate(self, idx: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
-        """Append max_new_tokens sampled tokens to idx, int64 (B, T) -> (B, T + max_new_tokens)."""
-        new_tokens = list(self.stream(idx, max_new_tokens))
-        return torch.cat([idx, *new_tokens], dim=1)  # (B, T + max_new_tokens)
 
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T)
+    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -442,20 +437,20 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set the logits, float (B, V), of the least likely tokens to -inf: at most 1 - p in all."""
+    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    drop = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
-    drop[:, -1] = False  # the most likely token stays, whatever p is
-    # From sorted order back to the order of the tokens.
-    drop = drop.scatter(1, order, drop)  # (B, V)
+    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
+    drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample the token after idx, int64 (B, T), from its logits, float (B, V): int64 (B, 1)."""
-    if cfg.repetition_penalty >= 1e-6:  # a smaller number is as good as 0
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:
+    if cfg.temperature < 1e-6:  # dividing by so little would overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -466,117 +461,27 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
 
 
-def stream_text(
-    tokens: Iterator[torch.Tensor], tokenizer: FileTokenizer | data.CharTokenizer, stop: str,
-    prompt: list[int],
-) -> Iterator[str]:
-    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any.
-
-    It also ends at a token that ends a text. prompt: the token ids before it.
-    """
-    n_waiting = max(0, len(stop) - 1)  # so many last characters may be the beginning of stop
-    text = ""  # what hasn't been yielded yet
-    ids = list(prompt)
-    n_decoded = len(tokenizer.decode(ids))
-    for token in tokens:
-        if token.item() in tokenizer.end_of_text:
-            break
-        ids.append(token.item())
-        decoded = tokenizer.decode(ids)
-        if decoded.endswith("\ufffd"):
-            continue  # a character whose other bytes are in the next tokens
-        text += decoded[n_decoded:]
-        n_decoded = len(decoded)
-        if stop and stop in text:
-            yield text[: text.index(stop)]
-            return
-        n_ready = max(0, len(text) - n_waiting)
-        yield text[:n_ready]
-        text = text[n_ready:]
-    yield text
-
-
-def read_settings(released: dict, argv: list[str] | None) -> Config:
-    """Return the settings for a released model: its sizes, FINE_TUNING, and the flags in argv.
-
-    Raises data.InputError for a flag that would change a size.
-    """
-    saved = {**released, **FINE_TUNING}
-    # The first reading is for max_iters: a short run needs a short warm-up.
-    cfg = data.read_flags(Config, __doc__, argv, saved=saved)
-    saved["warmup_iters"] = cfg.max_iters // 10
-    return data.read_flags(Config, __doc__, argv, saved=saved, fixed=SIZES)
-
-
-def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
-    """The weights of a model with the names and shapes of the released files; no copies."""
-    weights = {}
-    for name, parameter in model.named_parameters():
-        for ours, theirs in LLAMA_NAMES.items():
-            name = name.replace(ours, theirs)
-        if "query_key_value" in name:
-            # The rows of ours are three matrices in the files, of the same sizes in every block.
-            attention = model.blocks[0].attention
-            sizes = [attention.query_size, attention.kv_size, attention.kv_size]
-            for part, rows in zip("qkv", parameter.detach().split(sizes), strict=True):
-                weights[name.replace("attention.query_key_value", f"self_attn.{part}_proj")] = rows
-        else:
-            weights[name] = parameter.detach()
-    return weights
-
-
-def load_released(folder: Path, cfg: Config, n_vocab: int, dtype: torch.dtype) -> LanguageModel:
-    """Return a released model; raises data.InputError if its weights don't fit its settings."""
-    with torch.device("meta"):  # where tensors have a shape and no numbers
-        model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
-    if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
-        model.lm_head.weight = model.token_embedding.weight
-    own = released_weights(model)
-    for name, weight in llama_files.read_weights(folder, own):
-        own[name].copy_(weight)
-    return model
-
-
-def get_batch(tokens: np.ndarray, cfg: Config) -> tuple[torch.Tensor, torch.Tensor]:
-    """Draw random windows and their targets, int64 (B, T) each, without making a GPU wait."""
-    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
-    if cfg.device.startswith("cuda"):
-        # From pinned memory, the GPU fetches a contiguous tensor itself while Python goes on.
-        x = x.contiguous().pin_memory()  # (B, T)
-        y = y.contiguous().pin_memory()  # (B, T)
-    x = x.to(cfg.device, non_blocking=True)  # (B, T)
-    y = y.to(cfg.device, non_blocking=True)  # (B, T)
-    return x, y
-
-
 @torch.no_grad()
 def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> float:
-    """Return the mean loss in nats over the same windows each time, to make estimates comparable.
+    """Return the mean loss in nats over eval_iters batches; a single one is noisy.
 
-    The windows lie side by side and cover the split or, if it is larger than eval_iters batches,
-    are spread evenly over it.
+    They are the same each time, so that a lower loss means better weights, not easier batches.
     """
-    model.eval()  # switches off dropout, which v5 introduces
-    n_windows = (len(tokens) - 1) // cfg.block_size
-    n_chosen = min(n_windows, cfg.eval_iters * cfg.batch_size)
-    # The numbers of the windows, evenly spread; all of them if n_chosen is n_windows.
-    chosen = np.arange(n_chosen) * n_windows // n_chosen  # (n_chosen,)
-    starts = chosen * cfg.block_size  # (n_chosen,)
-    total = 0.0
-    for i in range(0, n_chosen, cfg.batch_size):
-        if runs.stop_requested():
-            raise KeyboardInterrupt  # train catches it and saves
-        batch = starts[i : i + cfg.batch_size]
-        x, y = data.get_windows(tokens, batch, cfg.block_size, cfg.device)  # (B, T) each
+    model.eval()  # switches off dropout, if the model has any
+    losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
+    for i in range(cfg.eval_iters):
+        x, y = batches.get_spread_batch(  # (B, T) each
+            tokens, i, cfg.eval_iters, cfg.batch_size, cfg.block_size, cfg.device
+        )
         with autocast(cfg):
             _, loss = model(x, y)  # ()
-        total += loss.item() * len(batch)  # the last batch may be smaller
+        losses[i] = loss.item()
     model.train()
-    return total / n_chosen
+    return losses.mean().item()
 
 
 def make_optimizer(model: LanguageModel, cfg: Config) -> torch.optim.AdamW:
-    """AdamW with decoupled weight decay (Loshchilov and Hutter 2019) of matrices and embeddings."""
+    """AdamW (Loshchilov and Hutter 2019), with weight decay for matrices and embeddings only."""
     matrices = [p for p in model.parameters() if p.ndim == 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
@@ -594,210 +499,190 @@ def learning_rate_at(step: int, cfg: Config) -> float:
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
-def shorten_warmup(cfg: Config) -> Config:
-    """Cut a warm-up that would take more than half of the run down to a tenth of the run."""
-    if cfg.warmup_iters <= cfg.max_iters / 2 or cfg.max_iters == 0:
-        return cfg
-    n = cfg.max_iters // 10
-    why = f"a warm-up of {cfg.warmup_iters} steps would take up most of a run of {cfg.max_iters}"
-    print(f"notice: {why}, so --warmup_iters is {n}", file=sys.stderr)
-    return replace(cfg, warmup_iters=n)
-
-
-def save_checkpoint(
-    name: str, model: LanguageModel, optimizer: torch.optim.AdamW, step: int, log: list[dict],
-    run: dict | None,
+def train_step(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray, step: int,
+    cfg: Config,
 ) -> None:
-    """Write the state between two steps to the folder of the run; without a run, do nothing."""
-    if run is None:
-        return
-    state = {
-        **run,  # the folder, the script, the settings, the characters, a checksum of the text
+    """Move the weights a little, so that the loss on one random batch falls."""
+    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    torch.manual_seed(batches.mix_seed(cfg.seed, step))
+    x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
+    x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
+    with autocast(cfg):
+        _, loss = model(x, y)  # ()
+    optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
+    loss.backward()
+    nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate_at(step, cfg)
+    optimizer.step()
+
+
+def compile_model(model: LanguageModel, cfg: Config) -> Callable:
+    """Return the model or, with --compile, a faster version of it with the same weights."""
+    if not cfg.compile:
+        return model
+    hardware.check_compiler(cfg.device)
+    return torch.compile(model)
+
+
+def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
+    """What training needs to go on after step steps; run.save adds settings and characters."""
+    return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # the averages
-        "step": step,
-        "random_state": torch.get_rng_state(),
-        "log": log,
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "step": step,  # the learning rate and the random numbers follow from it
     }
-    checkpoints.write_checkpoint(state, Path(run["folder"], name))
 
 
-def wait_for(device: str) -> None:
-    """Wait until a GPU has finished everything that is queued on it; Python runs ahead of it."""
-    torch.zeros(1, device=device).item()  # can't be read before the work ahead of it is done
+def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
+    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    if run.is_new:
+        return 0
+    checkpoints.load_weights(model, run.saved)
+    checkpoints.load_averages(optimizer, run.saved)
+    return run.saved["step"]
 
 
 def train(
-    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config,
-    run: dict | None = None, state: dict | None = None,
-) -> list[tuple[int, float, float]]:
-    """Train the model; return the history as (step, train loss, validation loss), in nats.
+    model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
+) -> dict[int, tuple[float, float]]:
+    """Train the model; return the train and validation loss, in nats, at each step estimated.
 
-    Raises data.InputError if a loss is no longer finite. run: what checkpoints say about the run;
-    without it, nothing is saved. state: the checkpoint to continue from.
+    Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
-    cfg = shorten_warmup(cfg)
     optimizer = make_optimizer(model, cfg)
-    if cfg.compile:
-        hardware.check_compiler(cfg.device)
-    compiled_model = torch.compile(model) if cfg.compile else model  # with the same weights
-    history = []
-    first_step, log = 0, []
-    if state is not None:
-        checkpoints.load_averages(optimizer, state)
-        torch.set_rng_state(state["random_state"])
-        first_step, log = state["step"], state["log"]
-        history = [(entry["step"], entry["train_loss"], entry["val_loss"]) for entry in log]
-    warming_up = True
-    clock_step, clock_start = 0, time.perf_counter()
+    if cfg.warmup_iters > cfg.max_iters / 2:
+        why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
+        print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
+    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    compiled_model = compile_model(model, cfg)
+    stopwatch = Stopwatch(cfg.device)
+    first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
-            if runs.stop_requested():
-                save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                raise KeyboardInterrupt
-            is_known = len(log) > 0 and log[-1]["step"] == step  # from the checkpoint
-            if not is_known and (step % cfg.eval_interval == 0 or step == cfg.max_iters):
-                speed = 0.0  # tokens/s, unknown before the second step
-                if not warming_up and step > clock_step:
-                    wait_for(cfg.device)
-                    seconds = time.perf_counter() - clock_start
-                    speed = (step - clock_step) * cfg.batch_size * cfg.block_size / seconds
-                try:
-                    train_loss = estimate_loss(model, train_data, cfg)
-                    val_loss = estimate_loss(model, val_data, cfg)
-                except KeyboardInterrupt:
-                    save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                    raise
-                history.append((step, train_loss, val_loss))
-                report = f"step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}"
-                if speed > 0:
-                    report += f", {speed:,.0f} tokens/s"
-                tqdm.write(report)
+            if step % cfg.eval_interval == 0 or step == cfg.max_iters:
+                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                train_loss = estimate_loss(model, train_data, cfg)
+                val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
-                is_best = all(val_loss < entry["val_loss"] for entry in log)
-                losses = {"step": step, "train_loss": train_loss, "val_loss": val_loss}
-                log.append({**losses, "tokens_per_second": speed})
-                save_checkpoint("latest.pt", model, optimizer, step, log, run)
-                if is_best:
-                    save_checkpoint("best.pt", model, optimizer, step, log, run)
-                if run is not None:
-                    checkpoints.write_log(log, Path(run["folder"], "log.jsonl"))
-                clock_step, clock_start = step, time.perf_counter()
+                run.save(checkpoint(model, optimizer, step), train_loss, val_loss)
+                losses = f"train loss {train_loss:.4f}, val loss {val_loss:.4f}"
+                tqdm.write(f"step {step}: {losses}{speed}")
+                stopwatch.start()
             if step == cfg.max_iters:
                 break
+            if run.stop_requested():
+                run.save_latest(checkpoint(model, optimizer, step))
+                break
 
-            x, y = get_batch(train_data, cfg)  # (B, T) each
-            with autocast(cfg):
-                _, loss = compiled_model(x, y)  # ()
-            optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), max_norm=1.0)
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, cfg)
-            optimizer.step()
+            train_step(compiled_model, optimizer, train_data, step, cfg)
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
-            if warming_up:  # the first step compiles the model, so the clock starts after it
-                wait_for(cfg.device)
-                clock_step, clock_start = step + 1, time.perf_counter()
-                warming_up = False
-    return history
+    return run.history
 
 
-def in_units(loss: float) -> str:
-    """Return a loss, in nats per token, also in bits per token and as perplexity.
+def in_units(loss: float, tokens: np.ndarray, tokenizer: FileTokenizer | data.CharTokenizer) -> str:
+    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
+    tokens: int (n,), whose first million show how long a token is on average.
     """
+    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    text = tokenizer.decode(ids.tolist())
+    bytes_per_token = len(text.encode("utf-8")) / len(ids)
+    bits_per_byte = loss / math.log(2) / bytes_per_token
     perplexity = math.exp(min(loss, 700))  # more would overflow
-    bits = loss / math.log(2)
-    return f"{loss:.4f} nats per token, {bits:.3f} bits, perplexity {perplexity:.4g}"
+    return f"{loss:.4f} nats per token, perplexity {perplexity:.4g}, {bits_per_byte:.3f} bits/byte"
+
+
+def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
+    """Decide where a run starts: return its settings, its checkpoint and its released model.
+
+    The checkpoint is latest.pt with --resume and best.pt with --sample_only; what a run doesn't
+    have is empty. Raises data.InputError for flags that contradict each other.
+    """
+    cfg = data.read_flags(Config, __doc__, argv)
+    saved, released = {}, {}
+    if cfg.init_from:
+        model_files.refuse_conflicts(cfg)
+        released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
+        cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
+    else:
+        cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
+    model_files.check_export(cfg.export)
+    if released and cfg.sample_only and cfg.dtype == "auto":
+        return replace(cfg, dtype=released["dtype_of_files"]), saved, released
+    return replace(cfg, dtype=choose_dtype(cfg)), saved, released
+
+
+def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+    """The weights of a model by their names in the released files; no copies."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        for ours, theirs in LLAMA_NAMES.items():
+            name = name.replace(ours, theirs)
+        weights[name] = parameter.detach()
+    return weights
+
+
+def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
+    """Return a new model or a released one; raises data.InputError if its weights don't fit."""
+    if not released:
+        return LanguageModel(cfg, n_vocab).to(cfg.device)
+    dtype = model_files.DTYPES[cfg.dtype] if cfg.sample_only else torch.float32
+    with torch.device("meta"):  # where tensors have a shape and no numbers
+        model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
+    if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
+        model.lm_head.weight = model.token_embedding.weight
+    own = released_weights(model)
+    for name, weight in llama_files.read_weights(released["folder"], own):
+        own[name].copy_(weight)
+    return model.to(cfg.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():
-        cfg = data.read_flags(Config, __doc__, argv)
-        state, released = None, None
-        if cfg.init_from:
-            if cfg.resume:
-                raise data.InputError("--init_from, --resume: leave out one or the other")
-            folder = llama_files.find_folder(cfg.init_from)
-            released = llama_files.read_config(folder)
-            cfg = read_settings(released, argv)
-        elif cfg.resume or cfg.sample_only:
-            export_to = cfg.export
-            state = runs.find_checkpoint(cfg)
-            # Parse again, with the settings of the checkpoint as defaults.
-            cfg = data.read_flags(Config, __doc__, argv, saved=state["config"], fixed=SIZES)
-            if cfg.sample_only:
-                cfg = replace(cfg, export=export_to)  # as typed now, not as in the run
-        model_files.check_export(cfg.export)
+    with data.command_line():  # a user's mistake ends in one line of error
+        cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        if cfg.tokenizer == "char":
-            saved = released if state is None else state
-            tokenizer = data.CharTokenizer(text if saved is None else saved["characters"])
-        elif state is None:
-            content = llama_files.read_tokenizer(Path(cfg.tokenizer), "--tokenizer")
-            tokenizer = FileTokenizer(content)
-        else:
-            tokenizer = FileTokenizer(state["tokenizer_content"])
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
+        cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
-        flag = "--prompt"
-        if cfg.prompt_file:
-            flag = "--prompt_file"
-            start = data.load_text(Path(cfg.prompt_file), flag)
-            cfg = replace(cfg, prompt=start, prompt_file="")  # what a checkpoint should hold
-        prompt = torch.tensor([tokenizer.encode(start, flag)], device=cfg.device)  # (1, T)
-        tokenizer.encode(cfg.stop, "--stop")  # refuse a stop that can't occur
+        prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
-        if released is None:
-            model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
-        else:
-            dtype = torch.float32  # for training
-            if cfg.sample_only:
-                dtype = released["dtype_of_files"] if cfg.dtype == "auto" else choose_dtype(cfg)
-            model = load_released(folder, cfg, tokenizer.n_vocab, dtype).to(cfg.device)
+        model = make_model(cfg, released, tokenizer.n_vocab)
         n_parameters = sum(p.numel() for p in model.parameters())
-        print(f"model: {n_parameters:,} parameters, on {cfg.device}", file=sys.stderr)
-        if state is not None:
-            checkpoints.load_weights(model, state)
+        print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            run = runs.describe_run(cfg, __file__, tokenizer, text, state)
-            if cfg.tokenizer != "char":
-                run["tokenizer_content"] = tokenizer.content
+            run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             # Not uint16, because ids may be above 65,535.
-            ids = np.array(tokenizer.encode(text, "--data"), dtype=np.uint32)
+            ids = np.array(tokenizer.encode(text, "--data"), dtype=np.uint32)  # (n,)
             train_data, val_data = data.split(ids, cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with runs.running(run):
-                train(model, train_data, val_data, cfg, run, state)
-            state = checkpoints.read_checkpoint(Path(run["folder"], "best.pt"))
-            checkpoints.load_weights(model, state)
-            val_loss = state["log"][-1]["val_loss"]  # the best one: best.pt's log ends there
-            print(f"validation loss {in_units(val_loss)}")
-
+            with run:  # from here on, Ctrl-C only asks train to stop
+                train(model, train_data, val_data, cfg, run)
+            saved = run.best()
+            _, val_loss = saved["history"][saved["step"]]
+            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
+        if saved:
+            checkpoints.load_weights(model, saved)
+            print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
             llama_files.write_model(cfg, released, released_weights(model), tokenizer)
-            print(f"exported to {cfg.export}", file=sys.stderr)
-        origin = f"of {cfg.init_from}" if state is None else f"after step {state['step']}"
-        print(f"sampling with the weights {origin}", file=sys.stderr)
+
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
-        if state is not None:  # a released model keeps the dtype of its files
-            model.to(choose_dtype(cfg))  # in bfloat16, half as many bytes to read for each token
         for i in range(cfg.num_samples):
             if i > 0:
                 print("---")
-            print(start, end="", flush=True)
-            tokens = model.stream(prompt, cfg.max_new_tokens)
-            for piece in stream_text(tokens, tokenizer, cfg.stop, prompt[0].tolist()):
-                print(piece, end="", flush=True)
-            print()
+            tokens = model.stream(prompt, cfg.max_new_tokens, cfg)
+            terminal.print_text(start, tokens, tokenizer, cfg.stop)
 
 
 if __name__ == "__main__":

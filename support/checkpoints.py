@@ -121,28 +121,32 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
         raise InputError(f"{state['path']}: damaged: some of its weights aren't finite numbers")
 
 
-def load_averages(optimizer: torch.optim.Optimizer, state: dict) -> None:
+def load_averages(optimizer: torch.optim.Optimizer, state: dict, name: str = "") -> None:
     """Copy the averages of a checkpoint into a new optimizer; InputError if they don't fit.
 
     The learning rate and the weight decay stay those of the optimizer, because a flag may have
-    changed them.
+    changed them. name: that of the optimizer, if the checkpoint has the averages of several.
     """
     groups = optimizer.state_dict()["param_groups"]
     try:
-        optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+        averages = state["optimizer"][name] if name else state["optimizer"]
+        optimizer.load_state_dict({"state": averages, "param_groups": groups})
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if state["step"] > 0:
-                    check_averages(optimizer.state[parameter], parameter)
+                    check_averages(optimizer, parameter)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         writer = script_path(state["script"])
         why = f"damaged, or written with another optimizer by {writer}; use that script"
         raise InputError(f"{state['path']}: its averages don't fit ({error}): {why}") from None
 
 
-def check_averages(averages: dict, parameter: torch.Tensor) -> None:
-    """Raise ValueError if AdamW's averages don't have the shape of their parameter."""
-    shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+def check_averages(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> None:
+    """Raise ValueError or KeyError if an optimizer lacks averages, or if their shapes are wrong."""
+    shapes = {"average": parameter.shape}  # Muon's
+    if isinstance(optimizer, torch.optim.AdamW):
+        shapes = {"step": (), "exp_avg": parameter.shape, "exp_avg_sq": parameter.shape}
+    averages = optimizer.state[parameter]
     for name, shape in shapes.items():
         if averages[name].shape != shape:
             raise ValueError(f"{name} has shape {tuple(averages[name].shape)}")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from data.flags import InputError
+from data.token_files import N_VOCAB
 from support import model_files
 
 RELEASED = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]  # on the Hugging Face hub
@@ -45,7 +46,7 @@ def find_folder(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a model's settings by our names, its vocab_size, and its characters, if it has any.
+    """Return a model's settings by our names, its "folder", and its "characters", if it has any.
 
     Raises InputError if config.json is damaged or describes a model unlike ours.
     """
@@ -67,24 +68,33 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise InputError(f"--init_from {path}: {why}")
     if config["n_embd"] % config["n_head"] != 0:
         raise InputError(f"--init_from {path}: its n_embd is not a multiple of its n_head")
+    characters = model_files.read_characters(config, path)
+    n_vocab = len(characters) if characters else N_VOCAB
+    padded = math.ceil(n_vocab / 64) * 64  # which makes matmuls on a GPU faster
+    if config["vocab_size"] not in (n_vocab, padded):
+        why = f"its vocabulary has {config['vocab_size']:,} tokens, the tokenizer {n_vocab:,}"
+        remedy = "only a model with the same tokens can be loaded"
+        raise InputError(f"--init_from {path}: {why}; {remedy}")
     return {
         "norm": NORMS[kind], "n_layer": config["n_layer"], "n_head": config["n_head"],
-        "n_embd": config["n_embd"], "block_size": config["n_positions"],
-        "vocab_size": config["vocab_size"],
-        "characters": model_files.read_characters(config, path),
+        "n_embd": config["n_embd"], "block_size": config["n_positions"], "folder": folder,
+        "tokenizer": "char" if characters else "gpt2", "characters": characters,
     }
 
 
-def check_vocabulary(config: dict[str, Any], tokenizer: Any) -> None:
-    """Raise InputError if a model's vocabulary isn't that of tokenizer.
+def check_sizes(cfg: Any, released: dict[str, Any]) -> None:
+    """Raise InputError if a flag would change the shape of a weight.
 
-    It may have been padded to a multiple of 64, which makes matmuls on a GPU faster.
+    Only --block_size may be smaller: then the last positions are left out.
     """
-    n_vocab, n_released = tokenizer.n_vocab, config["vocab_size"]
-    padded = math.ceil(n_vocab / 64) * 64
-    if n_released not in (n_vocab, padded):
-        why = f"its vocabulary has {n_released:,} tokens, the tokenizer {n_vocab:,}"
-        raise InputError(f"--init_from: {why}; only a model with the same tokens can be loaded")
+    for name in ("norm", "n_layer", "n_head", "n_embd", "tokenizer"):
+        value = getattr(cfg, name)
+        if value != released[name]:
+            why = f"the model has {released[name]!r}, which can't be changed; leave the flag out"
+            raise InputError(f"--{name} {value}: {why}")
+    if cfg.block_size > released["block_size"]:
+        why = f"the model has only {released['block_size']} positions"
+        raise InputError(f"--block_size {cfg.block_size}: {why}")
 
 
 def read_weights(

@@ -61,9 +61,9 @@ def find_folder(name: str) -> Path:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Return a released model's settings by our names, and four things that aren't settings:
+    """Return a released model's settings by our names, and what isn't a setting:
 
-    its "vocab_size", its "max_position_embeddings", the "dtype_of_files", a torch.dtype, and its
+    its "folder", "vocab_size", "max_position_embeddings" and "dtype_of_files", and its
     "characters", "" if its tokens are others. The block_size is at most 1,024, because long caches
     take much memory, but --block_size may be longer. Raises InputError if config.json is damaged or
     describes a model that isn't like ours.
@@ -100,6 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     characters = model_files.read_characters(config, path)
     return {
         **released,
+        "folder": folder,
         "block_size": min(released["max_position_embeddings"], 1024),
         **read_rope(config, path),
         "qk_norm": is_qwen,
@@ -187,7 +188,7 @@ def read_rope(config: dict[str, Any], path: Path) -> dict[str, Any]:
     }
 
 
-def read_dtype(config: dict[str, Any], folder: Path) -> torch.dtype:
+def read_dtype(config: dict[str, Any], folder: Path) -> str:
     """Return the dtype that config.json names or, if it names none, that of the embedding."""
     path = folder / "config.json"
     name = config.get("dtype") or config.get("torch_dtype")
@@ -200,7 +201,7 @@ def read_dtype(config: dict[str, Any], folder: Path) -> torch.dtype:
     if name not in DTYPES:
         why = f"its dtype is {name!r}, but only {', '.join(DTYPES)} can be loaded"
         raise InputError(f"--init_from {path}: {why}")
-    return DTYPES[name]
+    return name
 
 
 # ---- tokenizers
@@ -277,14 +278,14 @@ def read_weights(
 
 
 def write_model(
-    cfg: Any, released: dict | None, weights: dict[str, torch.Tensor], tokenizer: Any
+    cfg: Any, released: dict, weights: dict[str, torch.Tensor], tokenizer: Any
 ) -> None:
     """Write a model to cfg.export: config.json, model.safetensors and its tokenizer.json.
 
-    If the tokens are characters, config.json has them. released: what read_config returned, if the
-    model started from released weights. Raises InputError if writing fails.
+    If the tokens are characters, config.json has them. released: what read_config returned, or
+    empty if the model didn't start from released weights. Raises InputError if writing fails.
     """
-    context = cfg.block_size if released is None else released["max_position_embeddings"]
+    context = released.get("max_position_embeddings", cfg.block_size)
     rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
     if cfg.rope_factor != 1:
         rope["rope_type"] = "llama3"

@@ -231,7 +231,21 @@ def check_numbers(weight: torch.Tensor, where: str) -> None:
         raise InputError(f"--init_from {where} has numbers that aren't finite")
 
 
-# ---- exports
+# ---- flags and exports
+
+
+def refuse_conflicts(cfg: Any) -> None:
+    """Raise InputError if other flags contradict --init_from."""
+    flag = ""
+    if cfg.resume:
+        flag = "--resume"
+    elif cfg.sample_only and cfg.out_dir:
+        flag = "--out_dir"
+    elif getattr(cfg, "preset", ""):
+        flag = "--preset"
+    if flag:
+        why = f"can't be used together with {flag}; leave one of them out"
+        raise InputError(f"--init_from {cfg.init_from}: {why}")
 
 
 def check_export(export: str) -> None:
@@ -279,6 +293,7 @@ def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Ten
         raise InputError(f"--export {folder}: can't write the weights ({error})") from None
     finally:
         unfinished.unlink(missing_ok=True)
+    print(f"exported to {folder}", file=sys.stderr)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -48,8 +48,9 @@ def device_of_process(device: str) -> str:
 def joined_processes() -> Iterator[None]:
     """Connect torchrun's processes while the block runs; without torchrun, just run it.
 
-    If one of them ends, the others can't go on: then the first raises InputError, and the others
-    end without a word.
+    After the block, the first process goes on alone, and the others end. If one of them ends in
+    the block, the others can't go on: then the first raises InputError, and the others end without
+    a word.
     """
     if n_processes() == 1:
         yield
@@ -76,6 +77,17 @@ def joined_processes() -> Iterator[None]:
         raise
     finally:
         distributed.destroy_process_group()
+    if process_rank() > 0:
+        sys.exit()
+
+
+def largest_of_all(number: int) -> int:
+    """The largest number that any of the processes has given; each must call this."""
+    if n_processes() == 1:
+        return number
+    largest = torch.tensor(number)  # ()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX)
+    return int(largest.item())
 
 
 def is_lost_connection(error: RuntimeError) -> bool:

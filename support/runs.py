@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from data.files import replace_file
 from data.flags import InputError, Stopped, read_flags
 from support.checkpoints import is_intact, read_checkpoint, script_path
+from support.processes import largest_of_all, n_processes, process_rank
 
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
 
@@ -52,9 +53,10 @@ def read_settings(
     if not cfg.resume and not cfg.sample_only:
         return cfg, {}
     saved = find_checkpoint(cfg.out_dir, "best.pt" if cfg.sample_only else "latest.pt")
-    config = saved["config"]
-    if cfg.sample_only:  # the dtype is that of training, which this machine may not have
-        config = {name: value for name, value in config.items() if name != "dtype"}
+    config = dict(saved["config"])
+    if cfg.sample_only:
+        config.pop("dtype")  # that of training, which this machine may not have
+        config.pop("export", None)  # the run has done that
     return read_flags(config_class, lesson, argv, config, fixed), saved
 
 
@@ -92,6 +94,8 @@ class Run:
 
     Then stop_requested is True, and the training loop should save and end; after that, the with
     statement says how to continue the run, and ends the program. A second Ctrl-C ends it at once.
+
+    If torchrun has started several processes, the first has the folder, and writes for all.
     """
 
     def __init__(self, cfg: Any, file: str, tokenizer: Any, corpus: str, saved: dict) -> None:
@@ -109,6 +113,8 @@ class Run:
             "characters": "".join(tokenizer.characters),
             "corpus": hashlib.sha256(corpus.encode("utf-8")).hexdigest(),
         }
+        if hasattr(tokenizer, "content"):
+            self.about["tokenizer_content"] = tokenizer.content
         self.signals = []  # the numbers of those that asked the run to stop
         if saved:
             self.check_resumable(cfg)
@@ -128,6 +134,12 @@ class Run:
 
     def __enter__(self) -> None:
         """Raises InputError if the folder can't be made, or if another run is using it."""
+        if process_rank() == 0:
+            self.take_folder()
+        self.handle_signals()
+
+    def take_folder(self) -> None:
+        """Make or find the folder, and lock it; raises InputError as __enter__."""
         try:
             self.folder = self.open_folder()
             print(f"folder: {self.folder}", file=sys.stderr)
@@ -140,7 +152,6 @@ class Run:
         except OSError as error:
             why = f"can't write there ({error.strerror}); name another folder"
             raise InputError(f"--out_dir {self.out_dir or RUNS}: {why}") from None
-        self.handle_signals()
 
     def check_unchanged(self) -> None:
         """Raise InputError if the checkpoint has been replaced before the run had its folder."""
@@ -185,7 +196,8 @@ class Run:
     def note_signal(self, number: int, _: Any) -> None:
         """Handle a signal: ask the training loop to stop. The same one again ends the program."""
         self.signals.append(number)
-        signal.signal(number, signal.SIG_DFL)
+        if n_processes() == 1:  # torchrun repeats each signal, and ends what takes too long
+            signal.signal(number, signal.SIG_DFL)
         try:
             print("stopping after this step or loss estimate", file=sys.stderr, flush=True)
         except OSError:  # the terminal is closed, or Ctrl-C has also ended the reader of a pipe
@@ -195,7 +207,10 @@ class Run:
         """Raises Stopped if a signal came, even if it was too late for the training loop."""
         for number, handler in self.previous_handlers.items():
             signal.signal(number, handler)
-        self.lock.release()
+        if process_rank() == 0:
+            self.lock.release()
+        if self.signals and error is None and process_rank() > 0:
+            raise Stopped(self.signals[0])
         if self.signals and error is None:
             typed = Path(sys.argv[0])  # not so in a notebook, for example
             name = self.about["script"]
@@ -205,8 +220,11 @@ class Run:
             raise Stopped(self.signals[0])
 
     def stop_requested(self) -> bool:
-        """Whether Ctrl-C was pressed, or the system wants the program to end."""
-        return len(self.signals) > 0
+        """Whether Ctrl-C was pressed, or the system wants the program, or one of many, to end."""
+        number = largest_of_all(self.signals[0] if self.signals else 0)
+        if number > 0 and not self.signals:  # another process was asked, so all stop together
+            self.signals.append(number)
+        return number > 0
 
     def save(self, state: dict, train_loss: float, val_loss: float) -> None:
         """Save a checkpoint after a loss estimate: best.pt if it is the best, latest.pt, log.jsonl.
@@ -226,11 +244,15 @@ class Run:
 
     def write(self, name: str, state: dict) -> None:
         """Replace the file called name by a checkpoint."""
+        if process_rank() > 0:
+            return
         whole = {**self.about, "history": self.history, **state}
         replace_file(self.folder / name, lambda file: torch.save(whole, file), "--out_dir")
 
     def write_log(self) -> None:
         """Replace log.jsonl by one line of JSON for each loss estimate."""
+        if process_rank() > 0:
+            return
         lines = ""
         for step, (train_loss, val_loss) in self.history.items():
             entry = {"step": step, "train_loss": train_loss, "val_loss": val_loss}

@@ -26,20 +26,56 @@ def read_prompt_file(cfg: Any, tokenizer: Any) -> Any:
 def print_text(start: str, tokens: Iterator[torch.Tensor], tokenizer: Any, stop: str) -> None:
     """Print start and then the text of tokens, int64 (1, 1) each, as they come; end before stop."""
     print(start, end="", flush=True)
-    for piece in stream_text(tokens, tokenizer, stop):
+    pieces = decode_stream(tokens, tokenizer, tokenizer.encode(start))
+    for piece in end_before(stop, pieces):
         print(piece, end="", flush=True)
     print()
 
 
-def stream_text(tokens: Iterator[torch.Tensor], tokenizer: Any, stop: str) -> Iterator[str]:
-    """Yield the text of tokens, int64 (1, 1) each, piece by piece; it ends before stop, if any.
+def decode_stream(
+    tokens: Iterator[torch.Tensor], tokenizer: Any, prompt: list[int]
+) -> Iterator[str]:
+    """Yield the text of tokens, int64 (1, 1) each, as they come, up to one that ends a text.
+
+    prompt: the token ids before them. A token may be a part of a character, or lose a space at the
+    beginning of a text. So each is decoded together with some of the tokens before it.
+    """
+    ids = list(prompt)
+    begin, end = 0, len(ids)  # the tokens before begin aren't needed, those before end are shown
+    n_shown = len(tokenizer.decode(ids))  # characters of the text from begin on
+    for token in tokens:
+        if token.item() in tokenizer.end_of_text:
+            break
+        ids.append(token.item())
+        text = tokenizer.decode(ids[begin:])
+        n_ready = len(text) - n_unfinished(text)
+        if n_ready > n_shown:
+            yield text[n_shown:n_ready]
+            n_shown = n_ready
+        if n_ready == len(text):
+            begin, end = end, len(ids)
+            n_shown = len(tokenizer.decode(ids[begin:]))
+    yield tokenizer.decode(ids[begin:])[n_shown:]
+
+
+def n_unfinished(text: str) -> int:
+    """How many characters at the end of text may change when the next token comes.
+
+    Bytes that aren't a character become "\ufffd". The last three may be the start of one.
+    """
+    n = len(text) - len(text.rstrip("\ufffd"))
+    return min(n, 3)
+
+
+def end_before(stop: str, pieces: Iterator[str]) -> Iterator[str]:
+    """Yield pieces of a text up to where stop begins, if it does; "" stops nothing.
 
     Hold back the last len(stop) - 1 characters: they may be the start of it.
     """
     n_held_back = max(0, len(stop) - 1)
     text = ""  # what hasn't been yielded yet
-    for token in tokens:
-        text += tokenizer.decode([token.item()])
+    for piece in pieces:
+        text += piece
         if stop and stop in text:
             yield text[: text.index(stop)]
             return

@@ -160,7 +160,8 @@ COURSE = {
             "Config.tokenizer",
             "Config.val_data",
             "BPETokenizer",
-            "characters_per_token",
+            "make_tokenizer",
+            "in_units",
         ],
         "changes": [
             "from data",
@@ -169,15 +170,13 @@ COURSE = {
             "Config.eval_interval",
             "Config.data",
             "SIZES",
-            "stream_text",
-            "in_units",
             "main",
         ],
     },
     "v8c_gpt2": {
         "parent": "v8b_gpt2_tokens",
         "lesson": "take over the architecture of the released models",
-        "adds": ["PRESETS", "Config.norm", "Config.preset"],
+        "adds": ["PRESETS", "Config.norm", "Config.preset", "read_settings"],
         "changes": [
             "SIZES",
             "MultiHeadAttention.__init__",
@@ -199,22 +198,16 @@ COURSE = {
             "FINE_TUNING",
             "Config.init_from",
             "Config.export",
-            "read_settings",
             "released_weights",
-            "load_released",
+            "make_model",
         ],
-        "changes": ["from support", "main"],
+        "changes": ["from support", "read_settings", "main"],
     },
     "v8e_distributed": {
         "parent": "v8d_gpt2_weights",
         "lesson": "take one step on many batches, in turn and on several GPUs at once",
-        "adds": [
-            "from contextlib",
-            "Config.grad_accum_steps",
-            "seed_batch",
-            "stop_requested",
-        ],
-        "changes": ["from torch", "from support", "save_checkpoint", "train", "main"],
+        "adds": ["Config.grad_accum_steps", "share_gradients"],
+        "changes": ["from support", "train_step", "train", "read_settings", "main"],
     },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
@@ -270,7 +263,7 @@ COURSE = {
         "lesson": "take steps of the same size in all directions of a weight matrix",
         "replaces": ["make_optimizer"],
         "adds": ["orthogonalise", "Muon", "make_optimizers"],
-        "changes": ["save_checkpoint", "train"],
+        "changes": ["train_step", "checkpoint", "restore", "train"],
     },
     "v10b_tricks": {
         "parent": "v10a_muon",
@@ -284,6 +277,7 @@ COURSE = {
             "Config.value_embeddings",
             "Config.slow_head",
             "Config.relu_squared",
+            "LanguageModel.embed",
         ],
         "changes": [
             "Config.weight_decay",
@@ -297,33 +291,24 @@ COURSE = {
             "LanguageModel.__init__",
             "LanguageModel.forward",
             "make_optimizers",
-            "train",
+            "train_step",
         ],
     },
     "v10c_speedrun": {
         "parent": "v10b_tricks",
         "lesson": "reach the lowest loss within a given time",
         "adds": [
+            "import time",
+            "from itertools",
             "SHORT",
             "LONG",
             "LONGEST",
             "BUDGETS",
-            "BY_CLOCK",
-            "Config.fused_attention",
-            "Config.calibration",
             "Config.minutes",
-            "plain_attention",
             "progress_at",
+            "read_settings",
         ],
-        "changes": [
-            "MultiHeadAttention.__init__",
-            "MultiHeadAttention.forward",
-            "LanguageModel.forward",
-            "orthogonalise",
-            "learning_rate_at",
-            "train",
-            "main",
-        ],
+        "changes": ["learning_rate_at", "train_step", "checkpoint", "restore", "train", "main"],
     },
     "v11a_llama": {
         "parent": "v9d_gqa",
@@ -359,8 +344,15 @@ COURSE = {
     "v11b_tokenizer": {
         "parent": "v11a_llama",
         "lesson": "read and write the tokens of any released model",
-        "adds": ["from tokenizers", "Config.tokenizer", "FileTokenizer"],
-        "changes": ["from support", "SIZES", "stream_text", "in_units", "main"],
+        "adds": [
+            "from pathlib",
+            "from tokenizers",
+            "Config.tokenizer",
+            "FileTokenizer",
+            "make_tokenizer",
+            "in_units",
+        ],
+        "changes": ["from support", "SIZES", "main"],
     },
     "v11c_llama_weights": {
         "parent": "v11b_tokenizer",
@@ -372,18 +364,15 @@ COURSE = {
             "Config.export",
             "read_settings",
             "released_weights",
-            "load_released",
+            "make_model",
         ],
-        "changes": ["from support", "main"],
+        "changes": ["from support", "KVCache.__init__", "LanguageModel.stream", "main"],
     },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
 MOST_LINES, MOST_BRANCHES = 40, 12  # of train and main
 MOST_LINES_OF_OTHERS = 50
-# The training loop of parts 4, 6 and 7 is still the one from before train_step.
-OLD = [script for script in SCRIPTS if part_of(script) in (4, 6, 7)]
-OLD_LOOP = pytest.mark.xfail(strict=True, reason="the old training loop", raises=AssertionError)
 
 
 def parts(script: str) -> dict[str, str]:
@@ -431,13 +420,7 @@ def test_the_table_has_every_script_and_its_parent():
     assert files == {path_of(script) for script in SCRIPTS}
 
 
-def pairs_with_marks() -> list:
-    """All pairs; a new parent with an old child is expected to fail."""
-    apart = [pair for pair in PAIRS if pair[1] in OLD and pair[0] not in OLD]
-    return [pytest.param(*pair, marks=OLD_LOOP if pair in apart else []) for pair in PAIRS]
-
-
-@pytest.mark.parametrize(("parent", "child"), pairs_with_marks())
+@pytest.mark.parametrize(("parent", "child"), PAIRS)
 def test_the_diff_is_the_lesson_and_nothing_else(parent, child):
     old, new = parts(parent), parts(child)
     gone = [name for name in old if name not in new]
@@ -454,7 +437,7 @@ def test_the_diff_is_the_lesson_and_nothing_else(parent, child):
     assert [name for name in new if name in old] == kept, "what stays keeps its order"
 
 
-@pytest.mark.parametrize(("parent", "child"), pairs_with_marks())
+@pytest.mark.parametrize(("parent", "child"), PAIRS)
 def test_a_diff_is_one_idea_long(parent, child):
     assert 0 < changed_lines(parent, child) <= MOST_CHANGED_LINES
 
@@ -484,12 +467,7 @@ def length(function: ast.FunctionDef) -> int:
     return function.end_lineno - function.lineno + 1
 
 
-def scripts_with_marks() -> list:
-    """All scripts; the old ones are expected to fail."""
-    return [pytest.param(script, marks=OLD_LOOP if script in OLD else []) for script in SCRIPTS]
-
-
-@pytest.mark.parametrize("script", scripts_with_marks())
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_train_and_main_stay_readable(script):
     for function in functions(source(script)):
         if function.name in ("train", "main"):
@@ -505,10 +483,9 @@ def test_branches_are_counted_as_the_law_says():
 
 
 def test_no_helper_is_long():
-    for path in [*ROOT.glob("data/*.py"), *ROOT.glob("support/**/*.py")]:
+    for path in [*ROOT.glob("data/*.py"), *ROOT.glob("support/*.py")]:
         for function in functions(path.read_text(encoding="utf-8")):
-            limit = 52 if function.name == "running" else MOST_LINES_OF_OTHERS  # support/old
-            assert length(function) <= limit, f"{path.name}: {function.name}"
+            assert length(function) <= MOST_LINES_OF_OTHERS, f"{path.name}: {function.name}"
 
 
 def imports(script: str) -> set[str]:
@@ -545,8 +522,7 @@ def test_every_script_has_the_same_order(script):
     ]  # fmt: skip
     found = [name for name in names if name in first_to_last]
     assert found == [name for name in first_to_last if name in found]
-    always = {"Config", "LanguageModel", "estimate_loss", "train", "main"}
-    assert set(found) >= always | (set() if script in OLD else {"train_step"})
+    assert set(found) >= {"Config", "LanguageModel", "estimate_loss", "train_step", "train", "main"}
     assert (names[0], names[-1]) == ("Config", "main")
     classes = [node for node in module.body if isinstance(node, ast.ClassDef)]
     components = [c.name for c in classes if [ast.unparse(b) for b in c.bases] == ["nn.Module"]]

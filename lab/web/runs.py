@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from data import token_files
-from lab.common import generate, has_old_loop, train, whole_loss
+from lab.common import generate, train, whole_loss
 from lab.ladder import load, source, split_docstring
 
 # The models that the page brings to life.
@@ -269,8 +269,6 @@ def train_job(job: Job, folder: Path) -> tuple[Result, dict[str, torch.Tensor]]:
     val_loss = whole_loss(model, val_data, cfg)
     if hasattr(cfg, "sample_only"):  # from v6d on, main() does this before it samples
         torch.manual_seed(cfg.seed)
-    if has_old_loop(script):  # and this, too
-        model.to(script.choose_dtype(cfg))
     n_tokens = round(SAMPLE_LENGTH / token_length)
     sample = generate(script, model, prompt, n_tokens, cfg)  # (1, T + n_tokens)
     result = Result(
