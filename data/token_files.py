@@ -73,17 +73,26 @@ def load_tokens(name: str, flag: str = "--data") -> np.ndarray | TokenFile:
     return encode_once(path, flag)
 
 
+def load_characters(cfg: Any) -> str:
+    """Return the corpus --data if its characters are the tokens, and if it is trained on; or "".
+
+    Raises InputError for a corpus that can't be used.
+    """
+    if cfg.tokenizer == "char" and not cfg.sample_only:
+        return load_text(cfg.data)
+    return ""
+
+
 def load_splits(
-    cfg: Any, tokenizer: Any
+    cfg: Any, tokenizer: Any, text: str
 ) -> tuple[np.ndarray | TokenFile, np.ndarray | TokenFile]:
     """Return the token ids of --data and --val_data, or 90% and 10% of --data if that is empty.
 
-    Raises InputError for a corpus that can't be used.
+    text: what load_characters returned. Raises InputError for a corpus that can't be used.
     """
     if tokenizer.name == "gpt2":
         tokens = load_tokens(cfg.data)
     else:
-        text = load_text(cfg.data)
         tokens = np.array(tokenizer.encode(text, "--data"), dtype=np.uint16)  # (n,)
     if not cfg.val_data:
         return data.split(tokens, cfg.block_size, cfg.data)

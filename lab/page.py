@@ -17,6 +17,7 @@ Writes:   docs/index.html, and the curves of all scripts in one picture, docs/lo
 
 import hashlib
 import html
+import os
 import re
 import sys
 from dataclasses import dataclass
@@ -221,7 +222,7 @@ def notes(lesson: lessons.Lesson) -> str:
     for label, text in lesson.notes.items():
         if label == "Diff":
             continue
-        if label in ("Run it", "Probe"):
+        if label in ("Run it", "Next", "Probe"):
             body = f"<pre>{html.escape(text, quote=False)}</pre>"
             if label == "Probe":
                 body += f"<p>{probe_links(text)}</p>"
@@ -243,7 +244,10 @@ def course(results: dict[str, Result]) -> str:
     preface, by_part = lessons.exercises()
     result = []
     for part, (title, what) in PARTS.items():
-        result.append(f'<section id="part-{part}"><h2>Part {part}: {title}</h2><p>{what}</p>')
+        path = os.path.relpath(lessons.page_of(part), ROOT / "docs").replace(os.sep, "/")
+        link = f'<a href="{path}">The page of this part</a> has more measurements, and the papers.'
+        result.append(f'<section id="part-{part}"><h2>Part {part}: {title}</h2>')
+        result.append(f"<p>{what} {link}</p>")
         result += [section(script, results) for script in SCRIPTS if part_of(script) == part]
         if part in by_part:
             result.append(f'<section class="exercises" id="exercises-{part}">')

@@ -1,9 +1,11 @@
 """v8b_gpt2_tokens.py: read and write parts of words instead of characters, as GPT-2 does.
 
-Byte-pair encoding (Sennrich et al. 2016) starts from the 256 bytes. Again and again, it adds the
-most frequent pair of neighbouring tokens to the vocabulary as a new token. GPT-2's vocabulary has
-50,257 of them: frequent words are one token, rare words a few, and every text can be encoded. A
-token of Shakespeare has 3.3 characters, so a window of 64 tokens sees that much further.
+Byte-pair encoding (Sennrich et al. 2016), as GPT-2 uses it, starts from the 256 bytes. Again and
+again, it adds the most frequent pair of neighbouring tokens to the vocabulary as a new token.
+GPT-2's vocabulary has 50,257 of them: frequent words are one token, rare words a few, and every
+text can be encoded. A token of the validation split has 3.1 characters, so a window of 64 tokens
+sees that much further. The output layer now has 50,257 rows and takes most of the time, so there
+are fewer and smaller batches.
 
 A loss per token can't be compared with a loss per character: a token is harder to guess, but says
 more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an average token.
@@ -11,8 +13,8 @@ more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an av
 Texts are encoded once, into a file of token ids. Training maps that file into memory and reads only
 its windows, so the text may be larger than the memory.
 
-New here: BPETokenizer, make_tokenizer and in_units, and corpora as files of token ids
-          (data/token_files.py and data/prepare.py).
+New here: BPETokenizer, make_tokenizer and describe_best; corpora as files of token ids, in
+          data/token_files.py and data/prepare.py; --val_data.
 Run it:   python part4_gpt2/v8b_gpt2_tokens.py
           python part4_gpt2/v8b_gpt2_tokens.py --sample_only --prompt "ROMEO:"
           python -m data.prepare my_novel.txt --out corpus.bin
@@ -80,7 +82,7 @@ class Config:
     tokenizer: str = setting(
         "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
-    val_data: str = setting("text or .bin to validate on, not 10% of data", "")
+    val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
 
 
 SIZES = [  # a run that is resumed must keep these
@@ -97,10 +99,10 @@ class BPETokenizer:
     def __init__(self) -> None:
         self.encoding = tiktoken.get_encoding("gpt2")
         self.n_vocab = self.encoding.n_vocab
-        self.end_of_text = [self.encoding.eot_token]
+        self.end_of_text = [self.encoding.eot_token]  # where generation stops
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Any text can be encoded, so flag is never named in an error."""
+        """Text to token ids. Unlike CharTokenizer's, it needs no flag: any text can be encoded."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
@@ -108,12 +110,11 @@ class BPETokenizer:
         return self.encoding.decode(tokens)
 
 
-def make_tokenizer(cfg: Config, saved: dict) -> BPETokenizer | data.CharTokenizer:
+def make_tokenizer(cfg: Config, saved: dict, text: str) -> BPETokenizer | data.CharTokenizer:
     """GPT-2's tokens or, with --tokenizer char, the characters of a checkpoint or of the text."""
     if cfg.tokenizer == "gpt2":
         return BPETokenizer()
-    characters = saved["characters"] if saved else data.load_text(cfg.data)
-    return data.CharTokenizer(characters)
+    return data.CharTokenizer(saved.get("characters", text))
 
 
 def choose_dtype(cfg: Config) -> str:
@@ -462,13 +463,18 @@ def train(
     return run.history
 
 
-def in_units(loss: float, tokens: np.ndarray, tokenizer: BPETokenizer | data.CharTokenizer) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
+def describe_best(
+    history: dict[int, tuple[float, float]], tokens: np.ndarray,
+    tokenizer: BPETokenizer | data.CharTokenizer,
+) -> str:
+    """Return the lowest validation loss, in nats per token, as perplexity and in bits per byte.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    tokens: int (n,), whose first million show how long a token is on average.
+    tokens: int (n,), of which the first million show how long a token is on average.
     """
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    loss = min(val_loss for _, val_loss in history.values())
+    # An array of positions, because slicing a file of tokens doesn't read it.
+    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -485,7 +491,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         torch.manual_seed(cfg.seed)
 
-        tokenizer = make_tokenizer(cfg, saved)  # a run keeps its characters
+        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
+        tokenizer = make_tokenizer(cfg, saved, text)  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -494,19 +501,18 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            train_data, val_data = token_files.load_splits(cfg, tokenizer)
-            corpus = token_files.checksum(train_data, val_data)
-            run = runs.Run(cfg, __file__, tokenizer, corpus, saved)  # a folder and its files
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            checksum = token_files.checksum(train_data, val_data)  # of what the run trains on
+            run = runs.Run(cfg, __file__, tokenizer, checksum, saved)  # a folder and its files
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
-                train(model, train_data, val_data, cfg, run)
-            saved = run.best()
-            _, val_loss = saved["history"][saved["step"]]
-            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
-        checkpoints.load_weights(model, saved)
+                history = train(model, train_data, val_data, cfg, run)
+            print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
+        best = saved if cfg.sample_only else run.best()
+        checkpoints.load_weights(model, best)
 
-        print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
+        print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
         for i in range(cfg.num_samples):

@@ -89,7 +89,7 @@ class Config:
     tokenizer: str = setting(
         "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
-    val_data: str = setting("text or .bin to validate on, not 10% of data", "")
+    val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
     norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
 
@@ -108,10 +108,10 @@ class BPETokenizer:
     def __init__(self) -> None:
         self.encoding = tiktoken.get_encoding("gpt2")
         self.n_vocab = self.encoding.n_vocab
-        self.end_of_text = [self.encoding.eot_token]
+        self.end_of_text = [self.encoding.eot_token]  # where generation stops
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Any text can be encoded, so flag is never named in an error."""
+        """Text to token ids. Unlike CharTokenizer's, it needs no flag: any text can be encoded."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
@@ -119,12 +119,11 @@ class BPETokenizer:
         return self.encoding.decode(tokens)
 
 
-def make_tokenizer(cfg: Config, saved: dict) -> BPETokenizer | data.CharTokenizer:
+def make_tokenizer(cfg: Config, saved: dict, text: str) -> BPETokenizer | data.CharTokenizer:
     """GPT-2's tokens or, with --tokenizer char, the characters of a checkpoint or of the text."""
     if cfg.tokenizer == "gpt2":
         return BPETokenizer()
-    characters = saved["characters"] if saved else data.load_text(cfg.data)
-    return data.CharTokenizer(characters)
+    return data.CharTokenizer(saved.get("characters", text))
 
 
 def choose_dtype(cfg: Config) -> str:
@@ -267,6 +266,7 @@ class LanguageModel(nn.Module):
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
+            # With norm post, a LayerNorm follows each addition, so the sum can't grow.
             if name.endswith("projection.weight") and cfg.norm == "pre":
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.n_layer))
             elif parameter.ndim == 2:
@@ -482,13 +482,18 @@ def train(
     return run.history
 
 
-def in_units(loss: float, tokens: np.ndarray, tokenizer: BPETokenizer | data.CharTokenizer) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
+def describe_best(
+    history: dict[int, tuple[float, float]], tokens: np.ndarray,
+    tokenizer: BPETokenizer | data.CharTokenizer,
+) -> str:
+    """Return the lowest validation loss, in nats per token, as perplexity and in bits per byte.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    tokens: int (n,), whose first million show how long a token is on average.
+    tokens: int (n,), of which the first million show how long a token is on average.
     """
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    loss = min(val_loss for _, val_loss in history.values())
+    # An array of positions, because slicing a file of tokens doesn't read it.
+    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -512,7 +517,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg, saved = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        tokenizer = make_tokenizer(cfg, saved)  # a run keeps its characters
+        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
+        tokenizer = make_tokenizer(cfg, saved, text)  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -521,19 +527,18 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            train_data, val_data = token_files.load_splits(cfg, tokenizer)
-            corpus = token_files.checksum(train_data, val_data)
-            run = runs.Run(cfg, __file__, tokenizer, corpus, saved)  # a folder and its files
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            checksum = token_files.checksum(train_data, val_data)  # of what the run trains on
+            run = runs.Run(cfg, __file__, tokenizer, checksum, saved)  # a folder and its files
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
-                train(model, train_data, val_data, cfg, run)
-            saved = run.best()
-            _, val_loss = saved["history"][saved["step"]]
-            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
-        checkpoints.load_weights(model, saved)
+                history = train(model, train_data, val_data, cfg, run)
+            print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
+        best = saved if cfg.sample_only else run.best()
+        checkpoints.load_weights(model, best)
 
-        print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
+        print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
         for i in range(cfg.num_samples):

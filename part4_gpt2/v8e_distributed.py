@@ -9,8 +9,9 @@ mean of gradients, so the batch can be cut:
   its own. DistributedDataParallel (Li et al. 2020) averages the gradients of all processes during
   backward(), so all copies take the same step.
 
-Each batch has its own random seed, which doesn't depend on the process that draws it. So two
-processes train the same model as one that accumulates twice as much, up to rounding.
+The batches of a step are numbered, and the seed of a batch depends on its number, whichever process
+draws it. So two processes train the same model as one that accumulates twice as much, up to
+rounding.
 
 New here: grad_accum_steps, the loop in train_step, and share_gradients.
           support/processes.py connects the processes. Only the first of them prints and saves.
@@ -69,7 +70,7 @@ GPT2_NAMES = {
     "feed_forward.expansion": "mlp.c_fc",
     "feed_forward.projection": "mlp.c_proj",
 }
-# In GPT-1's files, the embeddings have other names.
+# A model with --norm post is exported as a GPT-1, in whose files the embeddings have other names.
 GPT1_NAMES = {
     **GPT2_NAMES, "token_embedding": "tokens_embed", "position_embedding": "positions_embed",
 }
@@ -122,10 +123,10 @@ class Config:
     tokenizer: str = setting(
         "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
-    val_data: str = setting("text or .bin to validate on, not 10% of data", "")
+    val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
     norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
-    init_from: str = setting("start from gpt2 to gpt2-xl, or from a folder", "")
+    init_from: str = setting("start from gpt2 (to gpt2-xl) or a folder", "")
     export: str = setting("folder to write the best weights to", "")
     grad_accum_steps: int = setting("batches per step, in each process", 1, least=1)
 
@@ -144,10 +145,10 @@ class BPETokenizer:
     def __init__(self) -> None:
         self.encoding = tiktoken.get_encoding("gpt2")
         self.n_vocab = self.encoding.n_vocab
-        self.end_of_text = [self.encoding.eot_token]
+        self.end_of_text = [self.encoding.eot_token]  # where generation stops
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Any text can be encoded, so flag is never named in an error."""
+        """Text to token ids. Unlike CharTokenizer's, it needs no flag: any text can be encoded."""
         return self.encoding.encode_ordinary(text)
 
     def decode(self, tokens: list[int]) -> str:
@@ -155,12 +156,11 @@ class BPETokenizer:
         return self.encoding.decode(tokens)
 
 
-def make_tokenizer(cfg: Config, saved: dict) -> BPETokenizer | data.CharTokenizer:
+def make_tokenizer(cfg: Config, saved: dict, text: str) -> BPETokenizer | data.CharTokenizer:
     """GPT-2's tokens or, with --tokenizer char, the characters of a checkpoint or of the text."""
     if cfg.tokenizer == "gpt2":
         return BPETokenizer()
-    characters = saved["characters"] if saved else data.load_text(cfg.data)
-    return data.CharTokenizer(characters)
+    return data.CharTokenizer(saved.get("characters", text))
 
 
 def choose_dtype(cfg: Config) -> str:
@@ -303,6 +303,7 @@ class LanguageModel(nn.Module):
         # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
+            # With norm post, a LayerNorm follows each addition, so the sum can't grow.
             if name.endswith("projection.weight") and cfg.norm == "pre":
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.n_layer))
             elif parameter.ndim == 2:
@@ -440,12 +441,15 @@ def train_step(
     """Move the weights a little, so that the mean loss on all random batches of the step falls."""
     optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
     for i in range(cfg.grad_accum_steps):
-        number = i * processes.n_processes() + processes.process_rank()  # among those of the step
-        # A batch and its dropout follow from these three numbers, and from nothing else.
+        # The number of this batch among all of the step.
+        number = i * processes.n_processes() + processes.process_rank()
+        # A batch and its dropout follow from these three numbers, and from nothing else. If the
+        # third is 0, the seed is that of v8d.
         torch.manual_seed(batches.mix_seed(cfg.seed, step, number))
         x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
         x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
-        # DistributedDataParallel averages in backward(). Before the last one, that costs only time.
+        # DistributedDataParallel should average in the step's last backward() only: before that, it
+        # would take time for nothing. Any other model ignores this.
         model.require_backward_grad_sync = i == cfg.grad_accum_steps - 1
         with autocast(cfg):
             _, loss = model(x, y)  # ()
@@ -530,13 +534,18 @@ def train(
     return run.history
 
 
-def in_units(loss: float, tokens: np.ndarray, tokenizer: BPETokenizer | data.CharTokenizer) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
+def describe_best(
+    history: dict[int, tuple[float, float]], tokens: np.ndarray,
+    tokenizer: BPETokenizer | data.CharTokenizer,
+) -> str:
+    """Return the lowest validation loss, in nats per token, as perplexity and in bits per byte.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    tokens: int (n,), whose first million show how long a token is on average.
+    tokens: int (n,), of which the first million show how long a token is on average.
     """
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    loss = min(val_loss for _, val_loss in history.values())
+    # An array of positions, because slicing a file of tokens doesn't read it.
+    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -547,10 +556,11 @@ def in_units(loss: float, tokens: np.ndarray, tokenizer: BPETokenizer | data.Cha
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
-    The checkpoint is latest.pt with --resume and best.pt with --sample_only; what a run doesn't
-    have is empty. Raises data.InputError for flags that contradict each other.
+    The checkpoint is latest.pt with --resume and best.pt with --sample_only. The released model is
+    what its config.json says, by our names, and its folder. What a run doesn't have is empty.
+    Raises data.InputError for flags that contradict each other.
     """
-    cfg = data.read_flags(Config, __doc__, argv)
+    cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
     saved, released = {}, {}
     if cfg.init_from:
         model_files.refuse_conflicts(cfg)
@@ -567,7 +577,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     return replace(cfg, dtype=choose_dtype(cfg)), saved, released
 
 
-def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model with the names and shapes of the released files; no copies."""
     is_gpt1 = isinstance(model.norm_f, nn.Identity)
     names = GPT1_NAMES if is_gpt1 else GPT2_NAMES
@@ -576,8 +586,8 @@ def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
         for ours, theirs in names.items():
             name = name.replace(ours, theirs)
         weight = parameter.detach()
-        is_matrix = weight.ndim == 2 and ".c_" in name
-        weights[name] = weight.T if is_matrix else weight
+        is_linear = weight.ndim == 2 and ".c_" in name  # in c_attn, c_proj or c_fc
+        weights[name] = weight.T if is_linear else weight
     return weights
 
 
@@ -585,20 +595,21 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     """Return a new model or a released one; raises data.InputError if its weights don't fit."""
     model = LanguageModel(cfg, n_vocab)
     if released:
-        own = released_weights(model)
+        own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)
+            own[name].copy_(weight)  # into the model, because own has no copies
     return model.to(cfg.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line(torchrun=True):  # a user's mistake ends in one line of error
-        processes.mute()  # all but the first process, which would print the same
+    with data.command_line(torchrun=True):  # which may start several processes
+        processes.mute()  # only the first one prints: the others would print the same
         cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        tokenizer = make_tokenizer(cfg, saved or released)  # a run keeps its characters
+        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -607,22 +618,21 @@ def main(argv: list[str] | None = None) -> None:
         n_parameters = sum(p.numel() for p in model.parameters())
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
-            train_data, val_data = token_files.load_splits(cfg, tokenizer)
-            corpus = token_files.checksum(train_data, val_data)
-            run = runs.Run(cfg, __file__, tokenizer, corpus, saved)  # a folder and its files
+            train_data, val_data = token_files.load_splits(cfg, tokenizer, text)
+            checksum = token_files.checksum(train_data, val_data)  # of what the run trains on
+            run = runs.Run(cfg, __file__, tokenizer, checksum, saved)  # a folder and its files
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            # From here on, Ctrl-C only asks train to stop. Only the first process leaves the block.
+            # From here on, Ctrl-C only asks train to stop. The other processes end with the block.
             with processes.joined_processes(), run:
-                train(model, train_data, val_data, cfg, run)
+                history = train(model, train_data, val_data, cfg, run)
+            print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
             saved = run.best()
-            _, val_loss = saved["history"][saved["step"]]
-            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
-        if saved:
+        if saved:  # not if the run only samples from a released model
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
-            gpt2_files.write_model(cfg, released_weights(model), tokenizer)
+            gpt2_files.write_model(cfg, weights_as_released(model), tokenizer)
 
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()

@@ -2,20 +2,22 @@
 
 Learned positions end at block_size. Rotary position embedding (Su et al. 2021) learns nothing. It
 cuts a query or key into pairs of numbers, and rotates each pair by an angle that grows with the
-position p of the token:
+position m of the token:
 
-    (a, b) -> (a cos(p f) - b sin(p f), b cos(p f) + a sin(p f))
+    (a, b) -> (a cos(m f) - b sin(m f), b cos(m f) + a sin(m f))
 
 Each pair has its own frequency f, from 1 down towards 1 / 10,000. The dot product of two pairs of
-length r and s with an angle t between them is r s cos(t). Rotated, a query at position p and a key
-at position q have r s cos(t + p f - q f) = r s cos(t + (p - q) f). So an attention score depends on
-how far apart two tokens are, and not on where they are.
+length r and s is r s cos(t), with t the angle from the key to the query. Rotated, a query at
+position m and a key at position n have r s cos(t + m f - n f) = r s cos(t + (m - n) f). So an
+attention score depends on how far apart two tokens are, and not on where they are.
 
-So cached keys stay valid when the oldest token is dropped. When the cache is full, the newest token
-replaces the oldest, and a step still processes one token, where v7b had to process half of the
-context again. Llama, Mistral, Qwen and Gemma all use rotary positions.
+So cached keys stay valid when the oldest token is dropped (from the second layer on, they still
+carry traces of it). When the cache is full, the newest token replaces the oldest, and a step still
+processes one token, where v7b had to process half of the context again. Llama, Mistral, Qwen and
+Gemma all use rotary positions.
 
-New here: rotation_angles and rotate, in place of position_embedding; the cache slides.
+New here: rotation_angles and rotate, in place of position_embedding; the cache slides; block_size
+          may be another one in a resumed run, because no weight depends on it.
 Run it:   python part5_modern/v9b_rope.py
 Probe:    python lab/probes.py --task length
 Expect:   a validation loss of about 1.58; v9a_rmsnorm.py reaches 1.60.
@@ -128,9 +130,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_head, n_keys, head_size)
         return keys, values
 
 
@@ -144,10 +146,12 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 

@@ -128,9 +128,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -144,10 +144,12 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -395,7 +397,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised updates and decoupled weight decay (Jordan et al. 2024)."""
+    """Momentum and orthogonalised updates (Jordan et al. 2024), weight decay (Liu et al. 2025)."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -414,8 +416,9 @@ class Muon(torch.optim.Optimizer):
                 # Nesterov's momentum: the newest gradient counts once more.
                 update = momentum * average + (1 - momentum) * matrix.grad  # (rows, columns)
                 update = orthogonalise(update)  # (rows, columns)
-                # Then the numbers in an update are about as large as in AdamW's (Liu et al. 2025),
-                # so that both can have the same learning rate.
+                # The numbers in an orthogonal matrix are about 1 / sqrt(longer side). This makes
+                # them as large as in AdamW's updates, so that both can have the same learning rate
+                # (Liu et al. 2025).
                 scale = 0.2 * max(matrix.shape) ** 0.5
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=group["lr"] * scale)
@@ -425,10 +428,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    embeddings = [model.token_embedding.weight, model.lm_head.weight]
+    first_and_last = [model.token_embedding.weight, model.lm_head.weight]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": embeddings, "weight_decay": cfg.weight_decay},
+        {"params": first_and_last, "weight_decay": cfg.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=cfg.learning_rate, betas=(0.9, 0.99), fused=True)

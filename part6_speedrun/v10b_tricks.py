@@ -4,7 +4,8 @@ The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-
 small changes. These are for a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
-- zero_init: layers that add to the sum start at zero, so at first each block changes nothing.
+- zero_init: layers that add to x start at zero, so at first each block changes nothing; and so does
+  the last layer, so at first all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
 - smear: a gate decides how much of the previous embedding is added.
@@ -12,11 +13,10 @@ small changes. These are for a small model on characters:
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
 
---no-bigrams, for example, switches one of them off. Apart from these, the initial weights are
-PyTorch's own, and only the matrices of the blocks decay. part6_speedrun/README.md says what each is
-worth, and what else was tried.
+--no-bigrams, for example, switches one of them off. Two more changes have no switch: the other
+initial weights are PyTorch's own, and only the matrices of the blocks decay.
 
-New here: the eight switches.
+New here: the eight switches, and those two changes.
 Run it:   python part6_speedrun/v10b_tricks.py
 Expect:   a validation loss of about 1.54; v10a_muon.py's is 1.51. They pay off in v10c.
 Diff:     git diff --no-index part6_speedrun/v10a_muon.py part6_speedrun/v10b_tricks.py
@@ -78,8 +78,8 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
-    qk_norm: bool = setting("normalise queries and keys", True)
-    zero_init: bool = setting("start the last layers at zero", True)
+    qk_norm: bool = setting("normalise queries and keys, without weights", True)
+    zero_init: bool = setting("start layers that add to x, and the last, at zero", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -88,9 +88,9 @@ class Config:
     relu_squared: bool = setting("squared ReLU in place of SwiGLU", True)
 
 
-SIZES = [  # a run that is resumed must keep these
-    "n_embd", "n_head", "n_layer", "n_kv_head", "bigrams", "smear", "value_embeddings",
-    "relu_squared",
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
+    "n_embd", "n_head", "n_layer", "n_kv_head", "qk_norm", "embedding_norm", "bigrams", "smear",
+    "value_embeddings", "relu_squared",
 ]
 
 
@@ -127,7 +127,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,)
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,), embed's
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -141,9 +141,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -157,10 +157,12 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -241,7 +243,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated two-layer network applied to each position separately (Shazeer 2020, section 2).
+    """A two-layer network, gated or with squared ReLU, applied to each position separately.
 
     Maps float (B, T, n_embd) to the same shape.
     """
@@ -308,7 +310,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # PyTorch's initial weights, except that what is zero here changes nothing at first.
+        # PyTorch's initial weights, except that with zero_init, these start at zero.
         for name, parameter in self.named_parameters():
             is_last = "projection" in name or "lm_head" in name
             if cfg.zero_init and (is_last or "bigram" in name):
@@ -316,7 +318,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before each one; 0 before the first of a text.
+        # The token before each one; 0 before the first of a window.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:
             last_token = caches[0].last_token  # (B,)
@@ -455,7 +457,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised updates and decoupled weight decay (Jordan et al. 2024)."""
+    """Momentum and orthogonalised updates (Jordan et al. 2024), weight decay (Liu et al. 2025)."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -474,8 +476,9 @@ class Muon(torch.optim.Optimizer):
                 # Nesterov's momentum: the newest gradient counts once more.
                 update = momentum * average + (1 - momentum) * matrix.grad  # (rows, columns)
                 update = orthogonalise(update)  # (rows, columns)
-                # Then the numbers in an update are about as large as in AdamW's (Liu et al. 2025),
-                # so that both can have the same learning rate.
+                # The numbers in an orthogonal matrix are about 1 / sqrt(longer side). This makes
+                # them as large as in AdamW's updates, so that both can have the same learning rate
+                # (Liu et al. 2025).
                 scale = 0.2 * max(matrix.shape) ** 0.5
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=group["lr"] * scale)

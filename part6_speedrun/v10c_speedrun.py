@@ -2,16 +2,18 @@
 
 A schedule in steps has to know how fast the machine is. With --minutes, the clock takes the place
 of the steps: progress is the fraction of the time that is over, so the learning rate reaches zero
-when the time ends, on a laptop as well as on a server. The time is that of the training steps;
-loss estimates don't count. The sizes then come from BUDGETS, which measurements have filled, since
-more time pays off best in a larger model.
+when the time ends, on a laptop as well as on a server. More time pays off best in a larger model,
+so the defaults for the sizes, the learning rate and so on then come from BUDGETS, which trials on
+two CPU cores have found.
 
-A run by the clock isn't reproducible to the bit, because no two runs get equally far. Its
-checkpoints say how many seconds it has trained, so that --resume goes on where it stopped.
+The time is that of training and of the loss estimates in it. A run by the clock isn't reproducible
+to the bit, because no two runs get equally far. Its checkpoints say how many seconds it has
+trained, so that --resume goes on where it stopped.
 
-New here: BUDGETS and progress_at, and read_settings, which takes the sizes from BUDGETS.
+New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   a validation loss of about 1.5 in the time that v5_gpt.py takes to reach 1.68.
+Expect:   on two CPU cores, a validation loss of about 1.5 in the time that v5_gpt.py takes to
+          reach 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -34,7 +36,7 @@ from support import batches, checkpoints, hardware, runs, terminal
 from support.stopwatch import Stopwatch
 
 # The settings of runs by the clock, the best that trials on two CPU cores found. Their max_iters
-# is more than the time allows.
+# is more than the time allows, and their loss estimates cover the whole validation split.
 SHORT = {
     "batch_size": 2, "block_size": 512, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "n_layer": 4,
     "learning_rate": 8e-3, "weight_decay": 0.05, "warmup_iters": 50, "max_iters": 10_000_000,
@@ -90,8 +92,8 @@ class Config:
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
-    qk_norm: bool = setting("normalise queries and keys", True)
-    zero_init: bool = setting("start the last layers at zero", True)
+    qk_norm: bool = setting("normalise queries and keys, without weights", True)
+    zero_init: bool = setting("start layers that add to x, and the last, at zero", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -101,9 +103,9 @@ class Config:
     minutes: float = setting("train by the clock; not reproducible; 0 is off", 0.0)
 
 
-SIZES = [  # a run that is resumed must keep these
-    "n_embd", "n_head", "n_layer", "n_kv_head", "bigrams", "smear", "value_embeddings",
-    "relu_squared",
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
+    "n_embd", "n_head", "n_layer", "n_kv_head", "qk_norm", "embedding_norm", "bigrams", "smear",
+    "value_embeddings", "relu_squared",
 ]
 
 
@@ -140,7 +142,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.int64, device=device)  # (B,)
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,), embed's
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -154,9 +156,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -170,10 +172,12 @@ def rotation_angles(positions: torch.Tensor, head_size: int) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -254,7 +258,7 @@ class MultiHeadAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """A gated two-layer network applied to each position separately (Shazeer 2020, section 2).
+    """A two-layer network, gated or with squared ReLU, applied to each position separately.
 
     Maps float (B, T, n_embd) to the same shape.
     """
@@ -321,7 +325,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # PyTorch's initial weights, except that what is zero here changes nothing at first.
+        # PyTorch's initial weights, except that with zero_init, these start at zero.
         for name, parameter in self.named_parameters():
             is_last = "projection" in name or "lm_head" in name
             if cfg.zero_init and (is_last or "bigram" in name):
@@ -329,7 +333,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before each one; 0 before the first of a text.
+        # The token before each one; 0 before the first of a window.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:
             last_token = caches[0].last_token  # (B,)
@@ -468,7 +472,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, orthogonalised updates and decoupled weight decay (Jordan et al. 2024)."""
+    """Momentum and orthogonalised updates (Jordan et al. 2024), weight decay (Liu et al. 2025)."""
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, weight_decay: float) -> None:
         super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay})
@@ -487,8 +491,9 @@ class Muon(torch.optim.Optimizer):
                 # Nesterov's momentum: the newest gradient counts once more.
                 update = momentum * average + (1 - momentum) * matrix.grad  # (rows, columns)
                 update = orthogonalise(update)  # (rows, columns)
-                # Then the numbers in an update are about as large as in AdamW's (Liu et al. 2025),
-                # so that both can have the same learning rate.
+                # The numbers in an orthogonal matrix are about 1 / sqrt(longer side). This makes
+                # them as large as in AdamW's updates, so that both can have the same learning rate
+                # (Liu et al. 2025).
                 scale = 0.2 * max(matrix.shape) ** 0.5
                 matrix.mul_(1 - group["lr"] * group["weight_decay"])
                 matrix.sub_(update, alpha=group["lr"] * scale)
@@ -510,11 +515,11 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """How much of a run is over, from 0 to 1: of its steps or, with --minutes, of its time.
+    """How much of a run is over, from 0 to 1: of its steps or, with --minutes, also of its time.
 
-    seconds: how long the steps before this one took.
+    The larger of the two counts. seconds: how long the run has taken so far.
     """
-    if step >= cfg.max_iters:
+    if step >= cfg.max_iters:  # which may be 0
         return 1.0
     progress = step / cfg.max_iters
     if cfg.minutes > 0:
@@ -526,6 +531,7 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
+    # The cosine begins with the run, not after the warm-up, whose time nobody knows beforehand.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -571,8 +577,8 @@ def checkpoint(
             "muon": muon.state_dict()["state"],  # its averages
             "adamw": adamw.state_dict()["state"],  # its m, v and steps, no settings
         },
-        "step": step,  # the random numbers follow from it
-        "seconds": seconds,  # of training; with --minutes, the learning rate follows from them
+        "step": step,  # the learning rate and the random numbers follow from it
+        "seconds": seconds,  # and with --minutes, the learning rate from these
     }
 
 
@@ -586,7 +592,7 @@ def restore(
     muon, adamw = optimizers
     checkpoints.load_averages(muon, run.saved, "muon")
     checkpoints.load_averages(adamw, run.saved, "adamw")
-    return run.saved["step"], run.saved["seconds"]
+    return run.saved["step"], run.saved.get("seconds", 0.0)  # v10b saves none
 
 
 def train(
@@ -602,10 +608,12 @@ def train(
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step, seconds = restore(model, optimizers, run)
+    started = time.perf_counter() - seconds  # as if the run had never been interrupted
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in count(first_step):  # the last round only estimates the loss
+            seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
-            if progress > 0:
+            if step > 0:
                 bar.total = round(step / progress)  # by the clock, this is an estimate
             if step % cfg.eval_interval == 0 or progress == 1:
                 speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
@@ -623,9 +631,7 @@ def train(
                 run.save_latest(checkpoint(model, optimizers, step, seconds))
                 break
 
-            started = time.perf_counter()
             train_step(compiled_model, optimizers, train_data, step, progress, cfg)
-            seconds += time.perf_counter() - started
             stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
             bar.update()
     return run.history
@@ -639,6 +645,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict]:
     for least_minutes, settings in BUDGETS.items():
         if cfg.minutes >= least_minutes:
             budget = settings
+    # Read the flags again, with these defaults.
     return data.read_flags(Config, __doc__, argv, budget), saved
 
 

@@ -1,6 +1,6 @@
 """v11a_llama.py: the rest of the architecture of Llama and Qwen3.
 
-The released models of today are v9d with a few more settings:
+Llama 3 and Qwen3 are v9d with a few more settings:
 
 - head_size: a head may be wider than n_embd / n_head.
 - intermediate_size: the hidden width of the feed-forward network.
@@ -10,13 +10,15 @@ The released models of today are v9d with a few more settings:
   saves a large part of a small model.
 - rope_theta: the larger the base, the slower the slowest rotations, which tell distances of many
   thousands of tokens apart.
-- rope_factor: Llama 3.1 was first trained on shorter contexts. To extend them, it slows down the
-  rotations that make at most one turn in such a context (low_freq_factor), and leaves those alone
-  that make at least four (high_freq_factor).
+- rope_factor: Llama 3.1 was first trained on original_max_position_embeddings tokens. To extend
+  that context, it divides frequencies by rope_factor: those that make at most one turn in it
+  (rope_low_freq_factor), but not those that make at least four (rope_high_freq_factor).
+- rms_norm_eps: the number that RMSNorm adds. Queries, keys and released weights may be bfloat16, so
+  RMSNorm now computes its mean in float32.
 
 New here: these settings, and head_size_of.
 Run it:   python part7_released/v11a_llama.py
-          python part7_released/v11a_llama.py --qk_norm --tie_word_embeddings --rope_theta 1000
+          python part7_released/v11a_llama.py --qk_norm --tie_word_embeddings
 Expect:   without flags, the losses of v9d_gqa.py: it is the same model.
 Diff:     git diff --no-index part5_modern/v9d_gqa.py part7_released/v11a_llama.py
 """
@@ -86,7 +88,7 @@ class Config:
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
     rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
     rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("original context", 8192, least=1)
+    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
 
 
 SIZES = [  # a run that is resumed must keep these
@@ -129,7 +131,7 @@ def head_size_of(cfg: Config) -> int:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
     if head_size % 2 != 0:
-        raise data.InputError(f"--head_size {head_size}: odd, but rotation needs pairs")
+        raise data.InputError(f"--head_size: {head_size} is odd, but rotation needs pairs")
     return head_size
 
 
@@ -154,9 +156,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -177,10 +179,12 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -193,7 +197,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The mean is computed in float32, because bfloat16 has too few digits for it.
+        # bfloat16 has too few digits for a mean.
         mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
         normalised = x * torch.rsqrt(mean_square + self.eps)  # (..., size)
         return normalised.to(x.dtype) * self.weight  # (..., size)

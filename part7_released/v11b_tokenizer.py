@@ -5,16 +5,16 @@ cut into words before byte-pair encoding, which pairs of tokens are merged and i
 which special tokens are added. The library tokenizers applies them, so --tokenizer takes any
 tokenizer.json, or a folder that has one. Three things differ from characters:
 
-- A token may be a part of a character, or lose a space at the beginning of a text, so its text
-  depends on its neighbours. support/terminal.py decodes it together with them.
-- A special token ends a text, and generation stops there. The config.json or generation_config.json
-  beside tokenizer.json says which one that is.
+- A token may be a part of a character, or lose the space at its front if it is decoded first, so
+  its text depends on its neighbours. support/terminal.py decodes it together with them.
+- A special token ends a text, and support/terminal.py stops there. The config.json or
+  generation_config.json beside tokenizer.json says which one that is.
 - Llama 3 and Qwen3 have more than 65,536 tokens, so token ids no longer fit uint16.
 
 A loss per token can't be compared with a loss per character: a token is harder to guess, but says
 more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an average token.
 
-New here: FileTokenizer, make_tokenizer and in_units.
+New here: FileTokenizer, make_tokenizer and describe_best.
 Run it:   python part7_released/v11b_tokenizer.py --tokenizer tokenizer.json
 Expect:   without --tokenizer, the losses of v11a_llama.py. part7_released/README.md has an example
           with other tokens.
@@ -88,7 +88,7 @@ class Config:
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
     rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
     rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("original context", 8192, least=1)
+    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
 
 
@@ -100,10 +100,10 @@ SIZES = [  # a run that is resumed must keep these
 
 
 class FileTokenizer:
-    """A tokenizer.json and what belongs to it, with the methods of tiktoken's encodings."""
+    """A tokenizer.json and what belongs to it, with the methods of CharTokenizer."""
 
-    name = "file"
-    characters = ""  # a checkpoint lists them, but only CharTokenizer has any
+    name = "file"  # for checkpoints, as are the characters, but only CharTokenizer has any
+    characters = ""
 
     def __init__(self, content: dict) -> None:
         """content: what llama_files.read_tokenizer returns; a checkpoint keeps it."""
@@ -165,7 +165,7 @@ def head_size_of(cfg: Config) -> int:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
     if head_size % 2 != 0:
-        raise data.InputError(f"--head_size {head_size}: odd, but rotation needs pairs")
+        raise data.InputError(f"--head_size: {head_size} is odd, but rotation needs pairs")
     return head_size
 
 
@@ -190,9 +190,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -213,10 +213,12 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -229,7 +231,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The mean is computed in float32, because bfloat16 has too few digits for it.
+        # bfloat16 has too few digits for a mean.
         mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
         normalised = x * torch.rsqrt(mean_square + self.eps)  # (..., size)
         return normalised.to(x.dtype) * self.weight  # (..., size)
@@ -558,13 +560,17 @@ def train(
     return run.history
 
 
-def in_units(loss: float, tokens: np.ndarray, tokenizer: FileTokenizer | data.CharTokenizer) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
+def describe_best(
+    history: dict[int, tuple[float, float]], tokens: np.ndarray,
+    tokenizer: FileTokenizer | data.CharTokenizer,
+) -> str:
+    """Return the lowest validation loss, in nats per token, as perplexity and in bits per byte.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    tokens: int (n,), whose first million show how long a token is on average.
+    tokens: int (n,), of which the first million show how long a token is on average.
     """
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    loss = min(val_loss for _, val_loss in history.values())
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -597,13 +603,12 @@ def main(argv: list[str] | None = None) -> None:
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
-                train(model, train_data, val_data, cfg, run)
-            saved = run.best()
-            _, val_loss = saved["history"][saved["step"]]
-            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
-        checkpoints.load_weights(model, saved)
+                history = train(model, train_data, val_data, cfg, run)
+            print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
+        best = saved if cfg.sample_only else run.best()
+        checkpoints.load_weights(model, best)
 
-        print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
+        print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()
         for i in range(cfg.num_samples):

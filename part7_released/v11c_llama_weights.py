@@ -5,14 +5,15 @@ config.json; support/llama_files.py translates their names, and refuses a model 
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
 LLAMA_NAMES says where each tensor goes.
 
-While sampling, the weights keep the dtype of the files, which is bfloat16 for most models and takes
-half as much memory as float32. They are copied one by one, so memory never holds all of them twice.
-Training needs float32.
+With --sample_only, the weights keep the dtype of the files, which is bfloat16 for most models and
+takes half as much memory as float32 (--dtype float32 converts them). They are copied one by one, so
+memory never holds all of them twice. Training needs float32.
 
-A run can now start in four ways: new, from a checkpoint, from its best weights to sample, or from a
-released model. read_settings decides which, and refuses flags that contradict each other.
+A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
+from a released model (--init_from), of which read_settings returns what its config.json says, by
+our names, and its folder.
 
-New here: LLAMA_NAMES, FINE_TUNING, read_settings, released_weights and make_model.
+New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_as_released and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
 Run it:   python part7_released/v11c_llama_weights.py --init_from HuggingFaceTB/SmolLM2-135M
           python part7_released/v11c_llama_weights.py --init_from Qwen/Qwen3-0.6B --sample_only
@@ -39,15 +40,14 @@ from data import setting
 from support import batches, checkpoints, hardware, llama_files, model_files, runs, terminal
 from support.stopwatch import Stopwatch
 
-# What the parts of our model are called in the released files.
+# Our names and those in the released files. The order counts: query_norm comes before query.
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
     "norm_1": "input_layernorm",
     "norm_2": "post_attention_layernorm",
     "norm_f": "model.norm",
-    "attention.query_norm": "self_attn.q_norm",
-    "attention.key_norm": "self_attn.k_norm",
+    "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
     "attention.query": "self_attn.q_proj",
     "attention.key": "self_attn.k_proj",
     "attention.value": "self_attn.v_proj",
@@ -112,7 +112,7 @@ class Config:
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
     rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
     rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("original context", 8192, least=1)
+    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
     init_from: str = setting("start from this folder or repository", "")
     export: str = setting("folder to write the best weights to", "")
@@ -126,10 +126,10 @@ SIZES = [  # a run that is resumed must keep these
 
 
 class FileTokenizer:
-    """A tokenizer.json and what belongs to it, with the methods of tiktoken's encodings."""
+    """A tokenizer.json and what belongs to it, with the methods of CharTokenizer."""
 
-    name = "file"
-    characters = ""  # a checkpoint lists them, but only CharTokenizer has any
+    name = "file"  # for checkpoints, as are the characters, but only CharTokenizer has any
+    characters = ""
 
     def __init__(self, content: dict) -> None:
         """content: what llama_files.read_tokenizer returns; a checkpoint keeps it."""
@@ -191,7 +191,7 @@ def head_size_of(cfg: Config) -> int:
             raise data.InputError(f"--n_embd {cfg.n_embd}: not a multiple of --n_head {cfg.n_head}")
         head_size = cfg.n_embd // cfg.n_head
     if head_size % 2 != 0:
-        raise data.InputError(f"--head_size {head_size}: odd, but rotation needs pairs")
+        raise data.InputError(f"--head_size: {head_size} is odd, but rotation needs pairs")
     return head_size
 
 
@@ -216,9 +216,9 @@ class KVCache:
         self.keys[:, :, begin:end] = key
         self.values[:, :, begin:end] = value
         self.length += key.shape[2]
-        kept = min(self.length, block_size)
-        keys = self.keys[:, :, :kept]  # (B, n_kv_head, kept, head_size)
-        values = self.values[:, :, :kept]  # (B, n_kv_head, kept, head_size)
+        n_keys = min(self.length, block_size)
+        keys = self.keys[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
+        values = self.values[:, :, :n_keys]  # (B, n_kv_head, n_keys, head_size)
         return keys, values
 
 
@@ -239,10 +239,12 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotate queries or keys, float (..., T, head_size); cos and sin: (T, head_size // 2) each.
 
-    A pair is a number in the first half of the head and one in the second, as in transformers.
+    A pair is a number in the first half of the head and one in the second, as in the library
+    transformers.
     """
     a, b = x.chunk(2, dim=-1)  # (..., T, head_size // 2) each
     rotated = torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)  # (..., T, head_size)
+    # With autocast, x may be bfloat16, while cos and sin are float32.
     return rotated.to(x.dtype)  # (..., T, head_size)
 
 
@@ -255,7 +257,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        # The mean is computed in float32, because bfloat16 has too few digits for it.
+        # bfloat16 has too few digits for a mean.
         mean_square = x.float().pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
         normalised = x * torch.rsqrt(mean_square + self.eps)  # (..., size)
         return normalised.to(x.dtype) * self.weight  # (..., size)
@@ -584,13 +586,17 @@ def train(
     return run.history
 
 
-def in_units(loss: float, tokens: np.ndarray, tokenizer: FileTokenizer | data.CharTokenizer) -> str:
-    """Return a loss, in nats per token, also as perplexity and in bits per byte of the text.
+def describe_best(
+    history: dict[int, tuple[float, float]], tokens: np.ndarray,
+    tokenizer: FileTokenizer | data.CharTokenizer,
+) -> str:
+    """Return the lowest validation loss, in nats per token, as perplexity and in bits per byte.
 
     Perplexity is exp(loss): the model is as unsure as if it guessed among that many tokens.
-    tokens: int (n,), whose first million show how long a token is on average.
+    tokens: int (n,), of which the first million show how long a token is on average.
     """
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (n,)
+    loss = min(val_loss for _, val_loss in history.values())
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -601,24 +607,23 @@ def in_units(loss: float, tokens: np.ndarray, tokenizer: FileTokenizer | data.Ch
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
-    The checkpoint is latest.pt with --resume and best.pt with --sample_only; what a run doesn't
-    have is empty. Raises data.InputError for flags that contradict each other.
+    What a run doesn't have is empty. Raises data.InputError for flags that contradict each other.
     """
-    cfg = data.read_flags(Config, __doc__, argv)
-    saved, released = {}, {}
-    if cfg.init_from:
-        model_files.refuse_conflicts(cfg)
-        released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
-        cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
-    else:
+    cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
+    if not cfg.init_from:
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
+        model_files.check_export(cfg.export)
+        return replace(cfg, dtype=choose_dtype(cfg)), saved, {}
+    model_files.refuse_conflicts(cfg)
     model_files.check_export(cfg.export)
-    if released and cfg.sample_only and cfg.dtype == "auto":
-        return replace(cfg, dtype=released["dtype_of_files"]), saved, released
-    return replace(cfg, dtype=choose_dtype(cfg)), saved, released
+    released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
+    cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
+    if cfg.sample_only and cfg.dtype == "auto":
+        return replace(cfg, dtype=released["dtype_of_files"]), {}, released
+    return replace(cfg, dtype=choose_dtype(cfg)), {}, released
 
 
-def released_weights(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model by their names in the released files; no copies."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -633,13 +638,13 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if not released:
         return LanguageModel(cfg, n_vocab).to(cfg.device)
     dtype = model_files.DTYPES[cfg.dtype] if cfg.sample_only else torch.float32
-    with torch.device("meta"):  # where tensors have a shape and no numbers
+    with torch.device("meta"):  # tensors without numbers: random ones would be replaced anyway
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
         model.lm_head.weight = model.token_embedding.weight
-    own = released_weights(model)
+    own = weights_as_released(model)
     for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)
+        own[name].copy_(weight)  # into the model, because own has no copies
     return model.to(cfg.device)
 
 
@@ -666,15 +671,14 @@ def main(argv: list[str] | None = None) -> None:
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
-                train(model, train_data, val_data, cfg, run)
+                history = train(model, train_data, val_data, cfg, run)
+            print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
             saved = run.best()
-            _, val_loss = saved["history"][saved["step"]]
-            print(f"validation loss: {in_units(val_loss, val_data, tokenizer)}")
-        if saved:
+        if saved:  # not if the run only samples from a released model
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
-            llama_files.write_model(cfg, released, released_weights(model), tokenizer)
+            llama_files.write_model(cfg, released, weights_as_released(model), tokenizer)
 
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()

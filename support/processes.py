@@ -72,8 +72,9 @@ def joined_processes() -> Iterator[None]:
         why = "another process of this run has ended, so it stops"
         remedy = "--resume continues from the last checkpoint, which is intact"
         raise InputError(f"{why}; {remedy}") from None
-    except Exception:
-        unmute()
+    except Exception as error:
+        if not isinstance(error, InputError):  # which all have, and the first one reports
+            unmute()
         raise
     finally:
         distributed.destroy_process_group()

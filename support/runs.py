@@ -55,7 +55,7 @@ def read_settings(
     saved = find_checkpoint(cfg.out_dir, "best.pt" if cfg.sample_only else "latest.pt")
     config = dict(saved["config"])
     if cfg.sample_only:
-        config.pop("dtype")  # that of training, which this machine may not have
+        config.pop("dtype", None)  # that of training, which this machine may not have
         config.pop("export", None)  # the run has done that
     return read_flags(config_class, lesson, argv, config, fixed), saved
 
@@ -209,15 +209,18 @@ class Run:
             signal.signal(number, handler)
         if process_rank() == 0:
             self.lock.release()
-        if self.signals and error is None and process_rank() > 0:
+        if error is None and self.stop_requested():
+            if process_rank() == 0:
+                self.say_how_to_continue()
             raise Stopped(self.signals[0])
-        if self.signals and error is None:
-            typed = Path(sys.argv[0])  # not so in a notebook, for example
-            name = self.about["script"]
-            script = typed if typed.stem == name else script_path(name)
-            command = f'python "{script}" --resume --out_dir "{self.folder}"'
-            print(f"stopped and saved; to continue: {command}", file=sys.stderr)
-            raise Stopped(self.signals[0])
+
+    def say_how_to_continue(self) -> None:
+        """Print the command that resumes the run."""
+        typed = Path(sys.argv[0])  # not so in a notebook, for example
+        name = self.about["script"]
+        script = typed if typed.stem == name else script_path(name)
+        command = f'python "{script}" --resume --out_dir "{self.folder}"'
+        print(f"stopped and saved; to continue: {command}", file=sys.stderr)
 
     def stop_requested(self) -> bool:
         """Whether Ctrl-C was pressed, or the system wants the program, or one of many, to end."""

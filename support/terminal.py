@@ -41,20 +41,24 @@ def decode_stream(
     beginning of a text. So each is decoded together with some of the tokens before it.
     """
     ids = list(prompt)
-    begin, end = 0, len(ids)  # the tokens before begin aren't needed, those before end are shown
+    begin, end = 0, len(ids)  # tokens before begin aren't decoded again, those before end are shown
     n_shown = len(tokenizer.decode(ids))  # characters of the text from begin on
     for token in tokens:
         if token.item() in tokenizer.end_of_text:
             break
         ids.append(token.item())
         text = tokenizer.decode(ids[begin:])
-        n_ready = len(text) - n_unfinished(text)
-        if n_ready > n_shown:
+        n_held_back = n_unfinished(text)
+        n_new = len(ids) - end
+        if n_held_back > 0 and n_new < 4:
+            continue  # a character may be four tokens, one for each of its bytes
+        n_ready = len(text) - n_held_back
+        if n_ready > n_shown:  # not so after a special token, which has no text
             yield text[n_shown:n_ready]
             n_shown = n_ready
-        if n_ready == len(text):
-            begin, end = end, len(ids)
-            n_shown = len(tokenizer.decode(ids[begin:]))
+            if n_held_back == 0 or n_new > 9:  # so that bytes without meaning end some time
+                begin, end = end, len(ids)
+                n_shown = len(tokenizer.decode(ids[begin:])) - n_held_back
     yield tokenizer.decode(ids[begin:])[n_shown:]
 
 

@@ -66,12 +66,14 @@ def test_each_part_has_three_to_five_exercises():
 def test_each_exercise_asks_before_it_answers():
     for part in EXERCISES.values():
         for title, text in part.items():
-            question, line, answer = text.partition("\nAnswer:\n")
+            fold = "\n<details>\n<summary>What happened</summary>\n\n"
+            question, line, answer = text.partition(fold)
             assert line, title
+            assert answer.rstrip().endswith("\n\n</details>"), title
             assert "?" in question, title
             assert FENCE.search(question), title
             assert re.search(r"\d", answer), title
-            assert "\nAnswer:" not in answer, title
+            assert answer.count("details>") == 1, title
 
 
 def test_every_fence_is_a_change_a_command_or_text():

@@ -13,12 +13,19 @@ import torch
 from conftest import refused_input as refused
 from safetensors.torch import load_file, save_file
 
+from data import token_files
 from support import gpt2_files, model_files
 
 CONFIG = {
     "model_type": "gpt2", "n_layer": 2, "n_head": 3, "n_embd": 18, "n_positions": 5,
     "vocab_size": 97,
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def few_tokens(monkeypatch):
+    """GPT-2's vocabulary has 97 tokens here."""
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", 97)
 
 
 def make_weights():
@@ -74,8 +81,8 @@ def write_config(folder: Path, config) -> Path:
 def test_a_configuration_is_read_by_our_names(tmp_path, kind, norm):
     write_config(tmp_path, {**CONFIG, "model_type": kind, "dtype": "float32", "n_inner": None})
     assert gpt2_files.read_config(tmp_path) == {
-        "norm": norm, "n_layer": 2, "n_head": 3, "n_embd": 18, "block_size": 5, "vocab_size": 97,
-        "characters": "",
+        "norm": norm, "n_layer": 2, "n_head": 3, "n_embd": 18, "block_size": 5,
+        "folder": tmp_path, "tokenizer": "gpt2", "characters": "",
     }  # fmt: skip
 
 
@@ -83,13 +90,13 @@ def test_a_configuration_is_read_by_our_names(tmp_path, kind, norm):
     "change",
     [
         {"activation_function": "gelu_pytorch_tanh", "n_inner": 72, "layer_norm_epsilon": 1e-05},
-        {"afn": "gelu", "model_type": "openai-gpt", "characters": "\nab"},
+        {"afn": "gelu", "model_type": "openai-gpt"},
         {"scale_attn_weights": True, "tie_word_embeddings": True, "add_cross_attention": False},
     ],
 )
 def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
     write_config(tmp_path, CONFIG | change)
-    assert gpt2_files.read_config(tmp_path)["characters"] == change.get("characters", "")
+    assert gpt2_files.read_config(tmp_path)["n_embd"] == 18
 
 
 @pytest.mark.parametrize(
@@ -162,30 +169,38 @@ def test_a_file_that_is_no_configuration_is_refused(tmp_path, content, said):
 # ---- the vocabulary
 
 
-@dataclass
-class Tokenizer:
-    """What of a tokenizer is used here."""
-
-    name: str
-    n_vocab: int
-    characters: str = ""
+def test_gpt2_has_the_tokens_of_its_tokenizer():
+    assert token_files.N_VOCAB == 50_257
 
 
 @pytest.mark.parametrize(
-    ("n_vocab", "n_released"), [(97, 97), (97, 128), (50_257, 50_304), (64, 64), (3, 64)]
+    ("n_vocab", "n_released"), [(97, 97), (97, 128), (50_257, 50_304), (64, 64)]
 )
-def test_a_vocabulary_may_be_padded_to_a_multiple_of_64(n_vocab, n_released):
-    gpt2_files.check_vocabulary({"vocab_size": n_released}, Tokenizer("gpt2", n_vocab))
+def test_a_vocabulary_may_be_padded_to_a_multiple_of_64(tmp_path, monkeypatch, n_vocab, n_released):
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", n_vocab)
+    write_config(tmp_path, CONFIG | {"vocab_size": n_released})
+    assert gpt2_files.read_config(tmp_path)["tokenizer"] == "gpt2"
 
 
 @pytest.mark.parametrize(
-    ("n_vocab", "n_released"), [(97, 96), (97, 98), (97, 127), (97, 192), (64, 128), (50_257, 97)]
+    ("n_vocab", "n_released"),
+    [(97, 96), (97, 98), (97, 127), (97, 192), (64, 128), (50_257, 97), (50_257, 40_478)],
 )
-def test_another_vocabulary_is_refused(n_vocab, n_released):
-    config = {"vocab_size": n_released}
-    line = refused(gpt2_files.check_vocabulary, config, Tokenizer("gpt2", n_vocab))
-    said = f"its vocabulary has {n_released} tokens, the tokenizer {n_vocab:,}; "
-    assert line.startswith(f"--init_from: {said}")
+def test_another_vocabulary_is_refused(tmp_path, monkeypatch, n_vocab, n_released):
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", n_vocab)
+    path = write_config(tmp_path, CONFIG | {"vocab_size": n_released})
+    said = f"its vocabulary has {n_released:,} tokens, the tokenizer {n_vocab:,}; "
+    assert refused(gpt2_files.read_config, tmp_path).startswith(f"--init_from {path}: {said}")
+
+
+def test_the_vocabulary_may_be_characters(tmp_path):
+    for n_released in (3, 64):
+        write_config(tmp_path, CONFIG | {"characters": "\nab", "vocab_size": n_released})
+        released = gpt2_files.read_config(tmp_path)
+        assert (released["tokenizer"], released["characters"]) == ("char", "\nab")
+    path = write_config(tmp_path, CONFIG | {"characters": "\nab"})
+    said = "its vocabulary has 97 tokens, the tokenizer 3; "
+    assert refused(gpt2_files.read_config, tmp_path).startswith(f"--init_from {path}: {said}")
 
 
 # ---- model.safetensors
@@ -245,6 +260,15 @@ def test_tokens_and_positions_that_are_not_needed_are_left_out(tmp_path):
 
 
 # ---- exports
+
+
+@dataclass
+class Tokenizer:
+    """What of a tokenizer an export depends on."""
+
+    name: str
+    n_vocab: int
+    characters: str = ""
 
 
 @dataclass

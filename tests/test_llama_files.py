@@ -88,9 +88,17 @@ def test_a_configuration_is_read_by_our_names(tmp_path):
         "intermediate_size": 40, "vocab_size": 7, "rope_theta": 10_000.0, "rope_factor": 1.0,
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192, "qk_norm": False, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6, "dtype_of_files": torch.bfloat16, "characters": "",
+        "rms_norm_eps": 1e-6, "dtype_of_files": "bfloat16", "characters": "",
         "tokenizer": str(tmp_path), "block_size": 1024, "max_position_embeddings": 2048,
+        "folder": tmp_path,
     }  # fmt: skip
+
+
+def test_the_tokenizer_has_the_whole_path_of_its_folder(tmp_path, monkeypatch):
+    """Which a run notes, and a flag may repeat in any folder."""
+    read(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert llama_files.read_config(Path("."))["tokenizer"] == str(tmp_path.resolve())
 
 
 @pytest.mark.parametrize(
@@ -157,15 +165,15 @@ def test_the_rotation_is_read_from_old_and_new_files(tmp_path, changes, expected
 def test_the_dtype_may_have_either_name_or_none(tmp_path, dtype):
     """Then it is that of the embedding, in one file or in shards."""
     name = str(dtype).removeprefix("torch.")
-    assert read(tmp_path, dtype=name)["dtype_of_files"] == dtype
-    assert read(tmp_path, dtype=None, torch_dtype=name)["dtype_of_files"] == dtype
-    assert read(tmp_path, dtype=None, torch_dtype=f"torch.{name}")["dtype_of_files"] == dtype
+    assert read(tmp_path, dtype=name)["dtype_of_files"] == name
+    assert read(tmp_path, dtype=None, torch_dtype=name)["dtype_of_files"] == name
+    assert read(tmp_path, dtype=None, torch_dtype=f"torch.{name}")["dtype_of_files"] == name
     weights = {"model.norm.weight": torch.ones(3, dtype=torch.float64)}
     weights[EMBEDDING] = torch.ones(7, 3, dtype=dtype)
     save_shards(tmp_path, weights)
-    assert read(tmp_path, dtype=None)["dtype_of_files"] == dtype
+    assert read(tmp_path, dtype=None)["dtype_of_files"] == name
     save_file(weights, tmp_path / "model.safetensors")
-    assert read(tmp_path, dtype="null", torch_dtype="null")["dtype_of_files"] == dtype
+    assert read(tmp_path, dtype="null", torch_dtype="null")["dtype_of_files"] == name
 
 
 @pytest.mark.parametrize(
@@ -387,10 +395,12 @@ class FakeTokenizer:
     content: dict = field(default_factory=lambda: {"json": '{"words": "Zoë 世"}'})
 
 
-def write(folder: Path, tokenizer: FakeTokenizer | None = None, **changes) -> dict:
+def write(
+    folder: Path, tokenizer: FakeTokenizer | None = None, released: dict | None = None, **changes
+) -> dict:
     """Export some weights; return what config.json says."""
     cfg = Config(str(folder), **changes)
-    llama_files.write_model(cfg, None, make_weights(), tokenizer or FakeTokenizer())
+    llama_files.write_model(cfg, released or {}, make_weights(), tokenizer or FakeTokenizer())
     return json.loads((folder / "config.json").read_text(encoding="utf-8"))
 
 
@@ -429,6 +439,19 @@ def test_an_export_has_the_settings_of_its_model(tmp_path, changes, expected):
             assert released[name] == cfg[name], name
 
 
+@pytest.mark.parametrize(
+    ("released", "expected"),
+    [({}, 64), ({"max_position_embeddings": 2048}, 2048), ({"max_position_embeddings": 8}, 64)],
+)
+def test_an_export_has_the_longer_context_of_the_run_and_its_model(tmp_path, released, expected):
+    assert write(tmp_path, released=released)["max_position_embeddings"] == expected
+
+
+def test_an_export_is_reported_when_it_is_complete(tmp_path, capsys):
+    write(tmp_path)
+    assert capsys.readouterr().err == f"exported to {tmp_path}\n"
+
+
 @pytest.mark.parametrize(("ids", "expected"), [([], None), ([3], 3), ([3, 5], [3, 5])])
 def test_an_export_says_which_tokens_end_a_text(tmp_path, ids, expected):
     assert write(tmp_path, FakeTokenizer(end_of_text=ids))["eos_token_id"] == expected
@@ -444,15 +467,16 @@ def test_an_export_of_characters_has_its_characters_instead_of_a_tokenizer(tmp_p
     assert (released["characters"], released["tokenizer"]) == ('\n"a世', "char")
 
 
-def test_an_export_that_fails_leaves_no_weights(tmp_path):
+def test_an_export_that_fails_leaves_no_weights(tmp_path, capsys):
     """Those come last, so that a folder with weights has everything."""
     (tmp_path / "config.json").mkdir()
     line = refused(write, tmp_path)
     assert line.startswith(f"--export {tmp_path}: can't save config.json (")
     assert list(tmp_path.glob("model*")) == []
+    assert "exported" not in capsys.readouterr().err
 
 
-# ---- what once went wrong
+# ---- layers, windows and flags
 
 
 def test_layer_types_must_be_a_list(tmp_path):
@@ -465,12 +489,8 @@ def test_a_mistral_has_a_sliding_window_unless_it_says_otherwise(tmp_path):
     assert "it has sliding windows" in line
 
 
-
-
 def test_a_mistake_beside_a_tokenizer_names_its_flag(tmp_path):
     save_tokenizer(tmp_path)
     write_json(tmp_path / "config.json", {"vocab_size": "9"})
     line = refused(llama_files.read_tokenizer, tmp_path, "--tokenizer")
     assert line.startswith(f"--tokenizer {tmp_path / 'config.json'}: its vocab_size is '9', ")
-
-

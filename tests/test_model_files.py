@@ -1,4 +1,4 @@
-"""support/model_files.py: downloads, weights that fit or don't, and exports.
+"""support/model_files.py: downloads, weights that fit or don't, flags and exports.
 
 What is special about the files of GPT-2 and Llama is tested in test_gpt2_files.py and
 test_llama_files.py; that the models compute what they should, in the tests of the scripts.
@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import weakref
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -149,9 +150,7 @@ def test_a_model_is_downloaded_once_and_then_needs_no_network(
     assert capsys.readouterr().err.startswith("looking for model in the cache and on the Hugging")
 
 
-@pytest.mark.parametrize(
-    "lacking", ["all", "config.json", "tokenizer.json", "end"]
-)
+@pytest.mark.parametrize("lacking", ["all", "config.json", "tokenizer.json", "end"])
 def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch, no_waiting, lacking):
     with running_hub(SHARDS) as server:
         use_hub(server, tmp_path, monkeypatch)
@@ -462,8 +461,6 @@ def test_damaged_weights_are_refused(tmp_path, file, damage):
         assert not line.endswith("()")
 
 
-
-
 def test_what_a_shard_lacks_is_named(tmp_path):
     save_shards(tmp_path, make_weights())
     path = tmp_path / "model-00001-of-00002.safetensors"
@@ -475,6 +472,46 @@ def test_what_a_shard_lacks_is_named(tmp_path):
 def test_a_weight_without_numbers_has_the_wrong_shape(tmp_path):
     save_file(make_weights() | {EMBEDDING: torch.ones(0, 3)}, tmp_path / "model.safetensors")
     assert "has the shape (0, 3) instead of (7, 3)" in refused_input(read, tmp_path, make_weights())
+
+
+# ---- flags that contradict --init_from
+
+
+@dataclass
+class Config:
+    """The settings of a script that can start from released weights."""
+
+    init_from: str = "model"
+    resume: bool = False
+    sample_only: bool = False
+    out_dir: str = ""
+
+
+Presets = make_dataclass("Presets", [("preset", str, "")], bases=(Config,))
+
+
+@pytest.mark.parametrize(
+    ("cfg", "flag"),
+    [
+        (Config(resume=True), "--resume"),
+        (Config(resume=True, out_dir="run"), "--resume"),
+        (Config(resume=True, sample_only=True), "--resume"),
+        (Config(sample_only=True, out_dir="run"), "--out_dir"),
+        (Presets(preset="small"), "--preset"),
+        (Presets(preset="small", sample_only=True), "--preset"),
+    ],
+)
+def test_a_run_has_only_one_beginning(cfg, flag):
+    line = refused_input(model_files.refuse_conflicts, cfg)
+    why = f"can't be used together with {flag}; leave one of them out"
+    assert line == f"--init_from model: {why}"
+
+
+@pytest.mark.parametrize(
+    "cfg", [Config(), Config(out_dir="run"), Config(sample_only=True), Presets(out_dir="run")]
+)
+def test_other_flags_go_with_released_weights(cfg):
+    model_files.refuse_conflicts(cfg)
 
 
 # ---- exports

@@ -183,12 +183,12 @@ def test_a_lesson_is_read_from_the_docstring():
 
 
 def test_an_exercise_hides_its_answer():
-    text = "Without the mask\n\nLeave it out.\n\nAnswer:\n\nThe loss is 0.04.\n"
-    shown, hidden = lessons.exercise(text).split("<details>")
+    task = "Without the mask\n\nLeave it out.\n\n"
+    answer = "<details>\n<summary>What happened</summary>\n\nThe loss is `0.04`.\n\n</details>\n"
+    shown, hidden = lessons.exercise(task + answer).split("<details>")
     assert "<h4>Without the mask</h4>" in shown
     assert "Leave it out." in shown
-    assert "0.04" in hidden
-    assert "Answer:" not in shown + hidden
+    assert "<p>The loss is <code>0.04</code>.</p>" in hidden
 
 
 def test_known_words():

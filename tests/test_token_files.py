@@ -486,8 +486,8 @@ def test_the_checksum_tells_corpora_and_splits_apart(tmp_path):
 def splits_of(tokenizer, **changes):
     """What load_splits gives for these settings, as lists."""
     cfg = tiny(v8b, tokenizer=tokenizer, **changes)
-    text = data.load_text(cfg.data) if tokenizer == "char" else ""
-    made = v8b.BPETokenizer() if tokenizer == "gpt2" else data.CharTokenizer(text)
+    made = v8b.BPETokenizer() if tokenizer == "gpt2" else data.CharTokenizer(TEXT)
+    text = token_files.load_characters(cfg)
     return [as_list(part) for part in token_files.load_splits(cfg, made, text)]
 
 

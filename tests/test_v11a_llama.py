@@ -4,19 +4,20 @@ That it computes what they compute is tested in test_v11c_llama_weights.py, with
 """
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, stacked, tiny, tiny_flags
+from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from lab.common import generate
 from part5_modern import v9d_gqa as v9d
 from part7_released import v11a_llama as v11a
+from support import hardware
 
 SMOLLM2_135M = {
     "n_layer": 30, "n_head": 9, "n_kv_head": 3, "n_embd": 576, "intermediate_size": 1536,
@@ -66,17 +67,43 @@ def n_parameters(sizes: dict, vocab_size: int) -> int:
 # ---- v9d, and what may differ
 
 
+def test_a_new_model_has_the_weights_of_v9d():
+    old, new = build(v9d).state_dict(), build(v11a).state_dict()
+    assert list(new) == list(old)
+    assert all(torch.equal(new[name], weight) for name, weight in old.items())
+
+
 def test_without_flags_it_is_v9d():
     old, new = decisive(build(v9d)), build(v11a).eval()
-    weights = stacked(old.state_dict()).items()
-    new.load_state_dict({name.replace("norm_", "ln_"): weight for name, weight in weights})
+    new.load_state_dict(old.state_dict())
     idx, targets = random_tokens(3, 5), random_tokens(3, 5)
     for expected, actual in zip(old(idx, targets), new(idx, targets), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=0, atol=1e-4)
-    torch.manual_seed(5)
-    expected = generate(v9d, old, idx[:, :2], 20, tiny(v9d))
-    torch.manual_seed(5)
-    assert torch.equal(new.generate(idx[:, :2], 20), expected)
+        assert torch.equal(actual, expected)
+    texts = []
+    for script, model in ((v9d, old), (v11a, new)):
+        torch.manual_seed(5)
+        tokens = list(model.stream(idx[:, :2], 20, tiny(script)))
+        texts.append(torch.cat(tokens, dim=1))
+    assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_without_flags_it_trains_and_samples_as_v9d(corpus, tmp_path, capsys, monkeypatch, dtype):
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
+    changes = {"max_iters": 8, "warmup_iters": 2, "dropout": 0.2, "max_new_tokens": 50}
+    outputs, states = [], []
+    for script in (v9d, v11a):
+        folder = tmp_path / script.__name__
+        flags = tiny_flags(script, out_dir=folder, dtype=dtype, **changes)
+        script.main([*flags, "--data", str(corpus)])
+        outputs.append(re.sub(r", [\d,]+ tokens/s", "", capsys.readouterr().out))
+        states.append(torch.load(folder / "latest.pt", weights_only=True))
+    assert outputs[0] == outputs[1]
+    old, new = states
+    assert new["history"] == old["history"]
+    assert len(old["history"]) == 5
+    for name, weight in old["model"].items():
+        assert torch.equal(new["model"][name], weight), name
 
 
 def test_heads_may_have_any_even_size():
@@ -86,13 +113,15 @@ def test_heads_may_have_any_even_size():
         sizes = {"n_head": n_head, "n_kv_head": n_kv_head, "head_size": head_size}
         model = build(v11a, **sizes)
         for name in expected:
-            if name.endswith("query_key_value.weight"):
-                expected[name] = ((n_head + 2 * n_kv_head) * head_size, 18)
+            if name.endswith("attention.query.weight"):
+                expected[name] = (n_head * head_size, 18)
+            if name.endswith(("attention.key.weight", "attention.value.weight")):
+                expected[name] = (n_kv_head * head_size, 18)
             if name.endswith("attention.projection.weight"):
                 expected[name] = (18, n_head * head_size)
         assert sizes_of(model) == expected
-        keys = model.make_caches(2)[0].keys
-        assert keys.shape == (2, n_kv_head, 5, head_size)
+        cache = v11a.KVCache(tiny(v11a, **sizes), 2, torch.device("cpu"))
+        assert cache.keys.shape == cache.values.shape == (2, n_kv_head, 5, head_size)
 
 
 @pytest.mark.parametrize(("intermediate_size", "hidden"), [(0, 48), (7, 7), (100, 100)])
@@ -134,30 +163,33 @@ def test_attention_by_hand(qk_norm):
     layer = decisive(v11a.MultiHeadAttention(cfg))
     x = torch.randn(2, 5, 18)
     angles = v11a.rotation_angles(torch.arange(5), cfg)
-    heads = (x @ layer.query_key_value.weight.T).view(2, 5, 5, 10)
-    key, value = heads[:, :, 3], heads[:, :, 4]
+    cos, sin = angles.cos(), angles.sin()
+    queries = (x @ layer.query.weight.T).view(2, 5, 3, 10)
+    key, value = x @ layer.key.weight.T, x @ layer.value.weight.T
     if qk_norm:
         key = normalised(key, layer.key_norm.weight)
     future = torch.ones(5, 5).triu(1).bool()
     outputs = []
-    for query in heads[:, :, :3].unbind(2):
+    for query in queries.unbind(2):
         if qk_norm:
             query = normalised(query, layer.query_norm.weight)
-        scores = v11a.rotate(query, angles) @ v11a.rotate(key, angles).mT / math.sqrt(10)
+        scores = v11a.rotate(query, cos, sin) @ v11a.rotate(key, cos, sin).mT / math.sqrt(10)
         outputs.append(scores.masked_fill(future, -math.inf).softmax(-1) @ value)
     expected = torch.cat(outputs, dim=-1) @ layer.projection.weight.T
-    torch.testing.assert_close(layer(x, angles), expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(layer(x, cos, sin), expected, rtol=0, atol=1e-4)
 
 
-def test_all_of_it_works_through_the_cache():
-    model = decisive(
-        build(v11a, block_size=24, qk_norm=True, head_size=10, rope_factor=8.0, rope_theta=100.0,
-              tie_word_embeddings=True, original_max_position_embeddings=60)
-    )
+@pytest.mark.parametrize("lengths", [[9] + [1] * 15, [24], [1] * 24])
+def test_all_of_it_works_through_the_cache(lengths):
+    sizes = {
+        "block_size": 24, "qk_norm": True, "head_size": 10, "rope_factor": 8.0,
+        "rope_theta": 100.0, "tie_word_embeddings": True, "original_max_position_embeddings": 60,
+    }
+    model = decisive(build(v11a, **sizes))
     idx = random_tokens(3, 24)
     expected, _ = model(idx)
-    caches = model.make_caches(3)
-    pieces = [model(piece, caches=caches)[0] for piece in idx.split([9, 1, 1, 13], dim=1)]
+    caches = [v11a.KVCache(tiny(v11a, **sizes), 3, idx.device) for _ in model.blocks]
+    pieces = [model(piece, caches=caches)[0] for piece in idx.split(lengths, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), expected, rtol=0, atol=1e-4)
 
 
@@ -242,7 +274,7 @@ def test_a_run_with_tied_embeddings_saves_them_once_and_goes_on(corpus, tmp_path
     folder = tmp_path / "run"
     flags = [*tiny_flags(v11a, out_dir=folder, max_new_tokens=40), "--data", str(corpus)]
     v11a.main([*flags, "--tie_word_embeddings"])
-    sample = capsys.readouterr().out.partition("\nvalidation loss ")[2].partition("\n")[2]
+    sample = re.sub(r"^step .*\n", "", capsys.readouterr().out, flags=re.MULTILINE)
     state = torch.load(folder / "best.pt", weights_only=True)
     weights = state["model"]
     assert weights["lm_head.weight"].data_ptr() == weights["token_embedding.weight"].data_ptr()
@@ -252,6 +284,7 @@ def test_a_run_with_tied_embeddings_saves_them_once_and_goes_on(corpus, tmp_path
     v11a.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
     weights = torch.load(folder / "latest.pt", weights_only=True)["model"]
     assert torch.equal(weights["lm_head.weight"], weights["token_embedding.weight"])
+    assert not torch.equal(weights["lm_head.weight"], state["model"]["lm_head.weight"])
 
 
 # ---- sizes of released models
@@ -297,8 +330,8 @@ def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
     ("changes", "message"),
     [
         ({"n_embd": 20}, "--n_embd 20: not a multiple of --n_head 3"),
-        ({"n_embd": 15}, "--head_size 5: odd, but "),
-        ({"head_size": 7}, "--head_size 7: odd, but "),
+        ({"n_embd": 15}, "5 is odd, but rotation needs pairs"),
+        ({"head_size": 7}, "7 is odd, but rotation needs pairs"),
         ({"head_size": -2}, "--head_size -2: must be at least 0 "),
         ({"head_size": 8, "n_kv_head": 2}, "--n_head 3: not a multiple of --n_kv_head 2"),
     ],

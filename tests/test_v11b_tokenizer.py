@@ -1,9 +1,11 @@
 """v11b_tokenizer.py: the tokens of a tokenizer.json, compared with transformers, and their text.
 
-How support/llama_files.py reads the files is tested in test_llama_files.py.
+How support/llama_files.py reads the files is tested in test_llama_files.py, and how tokens become
+text while they come, in test_terminal.py.
 """
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -28,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 from part7_released import v11a_llama as v11a
 from part7_released import v11b_tokenizer as v11b
-from support import llama_files
+from support import llama_files, terminal
 
 # Every character beyond ASCII takes several tokens.
 STORY = "Zoë naïvely said:  “Ça va?”\n\n  🙂 世界 🙃\tthe fox jumps  over 12345 dogs.\n"
@@ -151,67 +153,7 @@ def test_decoding_gives_the_text_back(any_path, text):
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-# ---- streams
-
-
-def test_streamed_text_equals_the_text_decoded_at_once(any_path):
-    """Wherever the prompt ends."""
-    tokenizer = load(any_path)
-    ids = tokenizer.encode(STORY)
-    assert len(ids) > len(STORY), "some characters have several tokens"
-    for n in range(1, len(ids) + 1):
-        prompt = tokenizer.decode(ids[:n])
-        if prompt.endswith("\ufffd"):
-            continue
-        pieces = list(v11b.stream_text(one_by_one(ids[n:]), tokenizer, "", ids[:n]))
-        assert prompt + "".join(pieces) == STORY
-        assert "\ufffd" not in "".join(pieces)
-
-
-def test_text_streams_as_soon_as_its_characters_are_complete(any_path):
-    tokenizer = load(any_path)
-    prompt, ids = tokenizer.encode("The"), tokenizer.encode("The fox 🙂!")
-    ids = ids[len(prompt) :]
-    n_taken = 0
-
-    def take():
-        nonlocal n_taken
-        for token in one_by_one(ids):
-            n_taken += 1
-            yield token
-
-    shown = ""
-    for piece in v11b.stream_text(take(), tokenizer, "", prompt):
-        shown += piece
-        decoded = tokenizer.decode(prompt + ids[:n_taken])
-        assert "The" + shown == decoded.rstrip("\ufffd")
-    assert shown == " fox 🙂!"
-
-
-def test_a_character_that_never_ends_is_not_shown(folder):
-    tokenizer = load(folder)
-    ids = tokenizer.encode("hens 🙂")
-    pieces = list(v11b.stream_text(one_by_one(ids[:-1]), tokenizer, "", []))
-    assert "".join(pieces) == "hens "
-
-
-@pytest.mark.parametrize("stop", ["🙂", "va?", "?”\n\n  🙂 世", " 12345", "said:  “Ça va?”"])
-def test_a_stream_ends_before_stop(any_path, stop):
-    """Also if stop is in several tokens, or in the midst of one."""
-    tokenizer = load(any_path)
-    prompt, ids = tokenizer.encode("Zoë"), tokenizer.encode(STORY)
-    tokens = one_by_one(ids[len(prompt) :])
-    text = "".join(v11b.stream_text(tokens, tokenizer, stop, prompt))
-    assert "Zoë" + text == STORY[: STORY.index(stop)]
-    n_left = len(list(tokens))
-    assert tokenizer.decode(ids[: len(ids) - n_left]).endswith(stop), "and takes no more tokens"
-
-
-def test_stop_in_the_prompt_does_not_count(folder):
-    tokenizer = load(folder)
-    prompt, ids = tokenizer.encode("the fox"), tokenizer.encode(" jumps over the fox")
-    text = "".join(v11b.stream_text(one_by_one(ids), tokenizer, "fox", prompt))
-    assert text == " jumps over the "
+# ---- where a text ends
 
 
 @pytest.mark.parametrize(
@@ -244,18 +186,9 @@ def test_a_stream_ends_at_a_token_that_ends_a_text(folder, tmp_path, config, gen
     tokenizer = load(tmp_path)
     ids = list(range(60, 69))
     tokens = one_by_one(ids)
-    text = "".join(v11b.stream_text(tokens, tokenizer, "", []))
+    text = "".join(terminal.decode_stream(tokens, tokenizer, []))
     assert text == tokenizer.decode(ids[:n_shown])
     assert len(list(tokens)) == max(0, 9 - n_shown - 1), "it takes no more tokens"
-
-
-def test_what_waited_for_stop_is_shown_when_a_text_ends(folder, tmp_path):
-    shutil.copy(folder / "tokenizer.json", tmp_path)
-    (tmp_path / "config.json").write_text('{"eos_token_id": 0}', encoding="utf-8")
-    tokenizer = load(tmp_path)
-    ids = tokenizer.encode("the fox<|end|> jumps")
-    text = "".join(v11b.stream_text(one_by_one(ids), tokenizer, "foxes", []))
-    assert text == "the fox"
 
 
 # ---- runs
@@ -296,7 +229,7 @@ def test_a_sample_is_the_prompt_and_the_text_of_the_tokens(
     ids = load(released).encode(" jumps 🙂<|end|> and sleeps")
     monkeypatch.setattr(v11b.LanguageModel, "stream", lambda *_: one_by_one(ids))
     out = output(capsys, *flags(corpus, tokenizer=released, prompt="The fox", num_samples=2))
-    found = re.search(r"^validation loss \S+ nats per token, .*\n", out, flags=re.MULTILINE)
+    found = re.search(r"^validation loss: \S+ nats per token, .*\n", out, flags=re.MULTILINE)
     assert out[found.end() :] == "The fox jumps 🙂\n---\nThe fox jumps 🙂\n"
 
 
@@ -309,8 +242,9 @@ def test_a_checkpoint_has_its_tokenizer(released, corpus, tmp_path, capsys, monk
     shutil.rmtree(released)
     assert out.endswith("\n" + output(capsys, "--sample_only", *again))
     assert "step 4: " in output(capsys, "--resume", *again, "--max_iters", "4")
-    weights = torch.load(run / "latest.pt", weights_only=True)["model"]
-    assert len(weights["token_embedding.weight"]) == 320
+    state = torch.load(run / "latest.pt", weights_only=True)
+    assert state["tokenizer_content"].keys() == {"json", "n_vocab", "end_of_text"}
+    assert len(state["model"]["token_embedding.weight"]) == 320
     monkeypatch.setattr(v11b.LanguageModel, "stream", lambda *_: one_by_one(ids))
     assert output(capsys, "--sample_only", *again) == "The fox\n"
 
@@ -325,7 +259,7 @@ def test_token_ids_above_65535_are_not_cut_off(tmp_path, corpus, capsys, monkeyp
 
     def train(model, train_data, val_data, cfg, *_):
         seen.extend([train_data, val_data])
-        x, y = v11b.get_batch(train_data, cfg)
+        x, y = data.get_batch(train_data, cfg.batch_size, cfg.block_size, cfg.device)
         _, loss = model(x, y)
         assert loss.isfinite()
         seen.extend([x, y])
@@ -342,6 +276,8 @@ def test_characters_are_tokens_as_before(corpus, tmp_path, capsys):
     v11a.main([*tiny_flags(v11a, out_dir=tmp_path / "v11a"), "--data", str(corpus)])
     expected = capsys.readouterr().out
     out = output(capsys, *flags(corpus, out_dir=tmp_path / "v11b"))
+    out, n = re.subn(r"^validation loss: .*\n", "", out, flags=re.MULTILINE)
+    assert n == 1
     assert losses_and_sample(out) == losses_and_sample(expected)
     assert len(losses_and_sample(out)) > 50
     weights = {}
@@ -350,6 +286,55 @@ def test_characters_are_tokens_as_before(corpus, tmp_path, capsys):
     assert list(weights["v11a"]) == list(weights["v11b"])
     for name, weight in weights["v11a"].items():
         assert torch.equal(weight, weights["v11b"][name]), name
+
+
+# ---- units of a loss
+
+
+def described(loss, ids, tokenizer) -> str:
+    """The description of a run whose second loss estimate, the best, is this one."""
+    history = {0: (0.1, loss + 1), 5: (9.0, loss), 9: (0.1, loss + 2)}
+    return v11b.describe_best(history, np.array(ids, dtype=np.uint32), tokenizer)
+
+
+def test_the_best_loss_is_given_in_three_units(any_path):
+    """Bits per byte of the text, whatever the tokens are."""
+    tokenizer = load(any_path)
+    ids = tokenizer.encode(STORY * 3)
+    bits = 2 * len(ids) / math.log(2) / len(tokenizer.decode(ids).encode("utf-8"))
+    expected = f"2.0000 nats per token, perplexity 7.389, {bits:.3f} bits/byte"
+    assert described(2.0, ids, tokenizer) == expected
+
+
+def test_a_character_may_have_several_bytes():
+    tokenizer = data.CharTokenizer("é世🙂")
+    said = described(math.log(2), tokenizer.encode("é世🙂"), tokenizer)
+    assert said == "0.6931 nats per token, perplexity 2, 0.333 bits/byte"
+
+
+def test_a_million_tokens_are_enough_for_the_bytes_of_one():
+    tokenizer = data.CharTokenizer("aé")
+    ids = np.repeat(tokenizer.encode("aé"), 1_000_000)
+    assert described(math.log(2), ids, tokenizer).endswith(", 1.000 bits/byte")
+
+
+def test_a_huge_loss_has_units_too():
+    said = described(1e6, [1], data.CharTokenizer("a"))
+    assert said.startswith("1000000.0000 nats per token, perplexity 1.01")
+
+
+def test_a_run_ends_with_its_best_loss_on_the_validation_tokens(
+    folder, corpus, capsys, monkeypatch
+):
+    losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
+    monkeypatch.setattr(v11b, "estimate_loss", lambda *_: next(losses))
+    corpus.write_text("the fox " * 90 + "dog 🙂 🙃 " * 10, encoding="utf-8")
+    out = output(capsys, *flags(corpus, tokenizer=folder, prompt="fox"))
+    tokenizer = load(folder)
+    ids = tokenizer.encode(corpus.read_text(encoding="utf-8"))
+    expected = described(2.0, ids[len(ids) * 9 // 10 :], tokenizer)
+    assert f"\nvalidation loss: {expected}\n" in out
+    assert expected != described(2.0, ids, tokenizer)
 
 
 # ---- what a user may get wrong

@@ -1,14 +1,14 @@
-"""v8b_gpt2_tokens.py: byte pairs, characters of several tokens, losses per character, runs.
+"""v8b_gpt2_tokens.py: byte pairs, losses per byte, and runs in tokens of any length.
 
-The model is that of v7b, with its cache.
-
-How texts become files of token ids is tested in test_token_files.py.
+The model is that of v7b. How texts become files of token ids is tested in test_token_files.py, and
+how tokens become text in test_terminal.py.
 """
 
 import math
 import os
 import re
 import shutil
+import signal
 import threading
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,16 +17,14 @@ import numpy as np
 import pytest
 import tiktoken
 import torch
-from conftest import TEXT, build, random_tokens, refused, tiny, tiny_flags
+from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
 from data import token_files
-from lab.common import generate
+from lab.common import train
 from part3_generation import v7b_kv_cache as v7b
 from part4_gpt2 import v8b_gpt2_tokens as v8b
-from support import hardware
-from support.old import runs
 
 
 def small_encoding() -> tiktoken.Encoding:
@@ -60,13 +58,13 @@ def flags(corpus, tokenizer="gpt2", **changes):
     return [*tiny_flags(v8b, tokenizer=tokenizer, **changes), "--data", str(corpus)]
 
 
-def output(capsys, *words) -> tuple[str, str]:
+def output(capsys, *words, script=v8b) -> tuple[str, str]:
     """Run main(); return what it prints on standard output and standard error.
 
     Without the speed, which is never the same.
     """
     capsys.readouterr()
-    v8b.main([str(word) for word in words])
+    script.main([str(word) for word in words])
     out, err = capsys.readouterr()
     return re.sub(r", [\d,]+ tokens/s", "", out), err
 
@@ -75,100 +73,21 @@ def saved(folder, name="latest.pt"):
     return torch.load(Path(folder) / name, weights_only=True)
 
 
-# ---- the model
-
-
-def decisive(model):
-    """The model with random weights that make each choice uneven, and depend on the whole text."""
-    for name, parameter in model.named_parameters():
-        mean = float(parameter.ndim == 1 and name.endswith("weight"))  # those of LayerNorm
-        std = 0.5 if parameter.ndim == 2 else 0.1
-        torch.nn.init.normal_(parameter, mean, std)
-    return model.eval()
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [{}, {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "repetition_penalty": 1.3}],
-    ids=["by default", "with all filters"],
-)
-def test_with_characters_the_text_is_that_of_v7b(sampling):
-    """Before the caches are full, and after they have started again."""
-    old, new = build(v7b).eval(), decisive(build(v8b, **sampling))
-    weights = new.state_dict().items()
-    old.load_state_dict({name.replace("ln_", "norm_"): weight for name, weight in weights})
-    idx = random_tokens(3, 2)
-    torch.manual_seed(5)
-    expected = generate(v7b, old, idx, 20, tiny(v7b, **sampling))
-    torch.manual_seed(5)
-    assert torch.equal(new.generate(idx, 20), expected)
-
-
-@pytest.mark.parametrize("lengths", [[24], [1] * 24, [10, 1, 1, 12], [3, 4, 1, 9, 7], [1, 23]])
-def test_tokens_may_come_to_the_cache_in_pieces_of_any_length(lengths):
-    model = decisive(build(v8b, block_size=24))
-    idx = random_tokens(3, 24)
-    caches = model.make_caches(3)
-    pieces = [model(piece, caches=caches)[0] for piece in idx.split(lengths, dim=1)]
-    torch.testing.assert_close(torch.cat(pieces, dim=1), model(idx)[0])
-    assert [cache.length for cache in caches] == [24, 24]
-
-
-@pytest.mark.parametrize(
-    ("n_embd", "dtype", "supported", "expected"),
-    [
-        (128, "auto", True, torch.bfloat16),
-        (18, "bfloat16", True, torch.bfloat16),
-        (18, "auto", True, torch.float32),
-        (128, "float32", True, torch.float32),
-        (128, "auto", False, torch.float32),
-    ],
-)
-def test_weights_have_the_dtype_of_the_matmuls_while_sampling(
-    corpus, capsys, monkeypatch, n_embd, dtype, supported, expected
-):
-    """But a token is chosen in float32, and what is trained and saved is float32, too."""
-    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: supported)
-    weights, logits, trained = set(), set(), set()
-    real_stream, real_choose, real_train = v8b.LanguageModel.stream, v8b.choose_token, v8b.train
-
-    def stream(model, *args):
-        weights.update(parameter.dtype for parameter in model.parameters())
-        return real_stream(model, *args)
-
-    def choose_token(*args):
-        logits.add(args[0].dtype)
-        return real_choose(*args)
-
-    def train(model, *args):
-        trained.update(parameter.dtype for parameter in model.parameters())
-        return real_train(model, *args)
-
-    monkeypatch.setattr(v8b.LanguageModel, "stream", stream)
-    monkeypatch.setattr(v8b, "choose_token", choose_token)
-    monkeypatch.setattr(v8b, "train", train)
-    sizes = {"n_embd": n_embd, "n_head": 2, "n_layer": 1, "dtype": dtype}
-    out, _ = output(
-        capsys, *flags(corpus, "char", max_iters=1, max_new_tokens=30, prompt="The ", **sizes)
-    )
-    assert (weights, logits, trained) == ({expected}, {torch.float32}, {torch.float32})
-    sample = out.partition("bits per character\n")[2]
-    assert sample.startswith("The ")
-    assert len(sample) == 4 + 30 + 1
-    assert set(sample) <= set(TEXT)
-
-
-def test_generation_in_bfloat16_is_close_to_that_in_float32():
-    model = decisive(build(v8b, block_size=24))
-    idx = random_tokens(3, 24)
-    expected, _ = model(idx)
-    model.bfloat16()
-    caches = model.make_caches(3)
-    with torch.no_grad():
-        pieces = [model(piece, caches=caches)[0] for piece in idx.split([9, 1, 1, 13], dim=1)]
-    logits = torch.cat(pieces, dim=1)
-    assert logits.dtype == torch.bfloat16
-    assert (logits.float() - expected).norm() < 0.05 * expected.norm()
+def test_with_characters_a_run_is_that_of_v7b(corpus, capsys, tmp_path):
+    """Its losses, its weights and its sample, which is longer than the cache."""
+    outputs, states = [], []
+    for script in (v7b, v8b):
+        folder = tmp_path / script.__name__
+        settings = {"out_dir": folder, "dropout": 0.3, "warmup_iters": 1, "max_new_tokens": 30}
+        words = [*tiny_flags(script, **settings), "--data", corpus]
+        out, _ = output(capsys, *words, script=script)
+        outputs.append(re.sub(r"^validation loss: .*\n", "", out, flags=re.MULTILINE))
+        states.append(saved(folder))
+    assert outputs[0] == outputs[1]
+    assert states[0]["history"] == states[1]["history"]
+    assert list(states[0]["model"]) == list(states[1]["model"])
+    for name, weight in states[0]["model"].items():
+        assert torch.equal(states[1]["model"][name], weight), name
 
 
 # ---- the tokenizer
@@ -180,7 +99,8 @@ def test_token_ids_are_those_of_gpt2():
     assert tokenizer.n_vocab == token_files.N_VOCAB == 50_257
     assert tokenizer.encode("Hello world") == [15496, 995]
     assert tokenizer.decode([15496, 995]) == "Hello world"
-    assert tokenizer.decode([token_files.END_OF_TEXT]) == "<|endoftext|>"
+    assert tokenizer.end_of_text == [token_files.END_OF_TEXT]
+    assert tokenizer.decode(tokenizer.end_of_text) == "<|endoftext|>"
 
 
 def test_any_text_can_be_encoded_and_comes_back(bpe):
@@ -231,132 +151,120 @@ def test_gpt2s_tokenizer_without_its_files_is_refused(no_encoding, corpus, capsy
     assert "TIKTOKEN_CACHE_DIR" in line
 
 
-# ---- from tokens to text
-
-
-class Bytes:
-    """A tokenizer of single bytes; a character takes up to four of them."""
-
-    def decode(self, tokens):
-        return bytes(tokens).decode("utf-8", errors="replace")
-
-
-def pieces(tokens, stop=""):
-    """What stream_text shows for these bytes."""
-    return list(v8b.stream_text((torch.tensor([[token]]) for token in tokens), Bytes(), stop))
-
-
-def test_a_character_is_shown_once_its_last_token_is_there():
-    text = "naïve 世界 🙂 end"
-    assert [piece for piece in pieces(text.encode()) if piece] == list(text)
-    tokens = iter([torch.tensor([[byte]]) for byte in "世界".encode()])
-    assert next(v8b.stream_text(tokens, Bytes(), "")) == "世"
-    assert len(list(tokens)) == 3, "those of the next character are not asked for"
-
-
-def test_bytes_that_are_no_character_become_question_marks():
-    tokens = [*"a世".encode(), 0xFF, 0xFE, *b"b", *"世".encode()[:2]]
-    expected = bytes(tokens).decode("utf-8", errors="replace")
-    assert expected.endswith("b\ufffd")
-    assert "".join(pieces(tokens)) == expected
-
-
-@pytest.mark.parametrize(
-    ("text", "stop", "expected"),
-    [
-        ("x世界y", "世界", "x"),
-        ("世世界y", "世界", "世"),
-        ("x世", "世界", "x世"),
-        ("naïve🙂", "🙂", "naïve"),
-        ("ab\ufffd", "\ufffd", "ab"),
-        ("ab\ufffdc", "\ufffd", "ab"),
-    ],
-)
-def test_the_text_ends_before_a_stop_of_several_bytes(text, stop, expected):
-    assert "".join(pieces(text.encode(), stop)) == expected
-
-
-def test_a_stop_in_bytes_that_never_became_a_character_ends_the_text():
-    rest = b"one" + "世".encode()[:2]
-    assert "".join(pieces(rest)) == "one\ufffd"
-    assert "".join(pieces(rest, "e\ufffd")) == "on"
-    assert "".join(pieces(rest, "\ufffd\ufffd")) == "one\ufffd"
-
-
 # ---- losses of tokens of any length
 
 
+class Repeat:
+    """A tokenizer whose token n stands for n characters, of two bytes each."""
+
+    def decode(self, tokens):
+        return "".join("ë" * token for token in tokens)
+
+
+def described(loss, tokens, tokenizer=None):
+    """A validation loss as describe_best says it."""
+    tokens = np.asarray(tokens, dtype=np.uint16) if isinstance(tokens, list) else tokens
+    return v8b.describe_best({0: (0.0, loss)}, tokens, tokenizer or Repeat())
+
+
 @pytest.mark.parametrize(
-    ("loss", "token_length", "said"),
+    ("loss", "token", "said"),
     [
-        (math.log(2), 1, "0.6931 nats per token, perplexity 2, 1.000 bits per character"),
-        (math.log(2), 4, "0.6931 nats per token, perplexity 2, 0.250 bits per character"),
-        (math.log(8), 0.5, "2.0794 nats per token, perplexity 8, 6.000 bits per character"),
-        (0.0, 3.3, "0.0000 nats per token, perplexity 1, 0.000 bits per character"),
+        (math.log(2), 1, "0.6931 nats per token, perplexity 2, 0.500 bits/byte"),
+        (math.log(2), 4, "0.6931 nats per token, perplexity 2, 0.125 bits/byte"),
+        (math.log(8), 1, "2.0794 nats per token, perplexity 8, 1.500 bits/byte"),
+        (0.0, 3, "0.0000 nats per token, perplexity 1, 0.000 bits/byte"),
     ],
 )
-def test_a_loss_in_other_units(loss, token_length, said):
-    assert v8b.in_units(loss, token_length) == said
+def test_a_loss_in_other_units(loss, token, said):
+    assert described(loss, [token]) == said
+
+
+def test_the_lowest_of_the_validation_losses_is_described():
+    history = {0: (0.1, math.log(8)), 2: (0.3, math.log(2)), 4: (0.2, math.log(4))}
+    said = v8b.describe_best(history, np.array([1], dtype=np.uint16), Repeat())
+    assert said == described(math.log(2), [1])
+
+
+def test_a_character_of_one_byte_needs_as_many_bits_as_that_byte():
+    tokenizer = data.CharTokenizer(TEXT)
+    said = described(math.log(2), tokenizer.encode(TEXT), tokenizer)
+    assert said.endswith(", 1.000 bits/byte")
 
 
 def test_a_huge_loss_still_has_a_perplexity():
-    assert "perplexity 1.014e+304" in v8b.in_units(9999.0, 1.0)
-
-
-class Repeat:
-    """A tokenizer whose token n stands for n characters."""
-
-    def decode(self, tokens):
-        return "".join("x" * token for token in tokens)
+    assert "perplexity 1.014e+304" in described(9999.0, [1])
 
 
 def test_the_length_of_a_token_is_the_mean_over_the_first_million(tmp_path):
-    assert v8b.characters_per_token(np.array([1, 2, 6], dtype=np.uint16), Repeat()) == 3
+    def bits(tokens):
+        return float(described(1000 * math.log(2), tokens).split()[-2])
+
+    assert bits([1, 2, 6]) == pytest.approx(1000 / 3 / 2, abs=1e-3)
     tokens = np.ones(1_000_010, dtype="<u2")
-    tokens[-10:] = 9
+    tokens[-10:] = 9001
     tokens[:9] = 1001
     tokens.tofile(tmp_path / "long.bin")
     file = token_files.TokenFile(tmp_path / "long.bin", 0, len(tokens), "")
-    expected = (9 * 1001 + 999_991) / 1_000_000
-    assert v8b.characters_per_token(tokens, Repeat()) == expected
-    assert v8b.characters_per_token(file, Repeat()) == expected
-    assert v8b.characters_per_token(file[5:15], Repeat()) == (4 * 1001 + 6) / 10
+    expected = 1000 / (2 * (9 * 1001 + 999_991) / 1_000_000)
+    assert bits(tokens) == pytest.approx(expected, abs=1e-3)
+    assert bits(file) == pytest.approx(expected, abs=1e-3)
+    assert bits(file[5:15]) == pytest.approx(1000 / (2 * (4 * 1001 + 6) / 10), abs=1e-3)
 
 
 # ---- runs in byte pairs
 
 
-def test_a_run_says_what_its_loss_is_per_token_and_per_character(corpus, bpe, capsys):
+def test_a_run_says_what_its_loss_is_per_token_and_per_byte(corpus, bpe, capsys):
     out, err = output(capsys, *flags(corpus, prompt="Zoë <|endoftext|>"))
     tokens = bpe.encode_ordinary(TEXT)
     n = len(tokens) * 9 // 10
     assert f"tokens: {n:,} for training, {len(tokens) - n:,} for validation\n" in err
     line = re.search(
-        r"^validation loss (\S+) nats per token, perplexity (\S+), (\S+) bits per character$",
+        r"^validation loss: (\S+) nats per token, perplexity (\S+), (\S+) bits/byte$",
         out, re.MULTILINE,
     )  # fmt: skip
     loss, perplexity, bits = (float(number) for number in line.groups())
     estimates = re.findall(r"val loss (\S+)", out)
     assert line[1] == min(estimates)
     assert perplexity == pytest.approx(math.exp(loss), rel=1e-3)
-    characters = len(bpe.decode(tokens[n:]))
-    assert bits == pytest.approx(loss / math.log(2) * (len(tokens) - n) / characters, abs=1e-3)
+    n_bytes = len(bpe.decode_bytes(tokens[n:]))
+    assert bits == pytest.approx(loss / math.log(2) * (len(tokens) - n) / n_bytes, abs=1e-3)
     assert "\nZoë <|endoftext|>" in out, "characters that the corpus lacks, and no special token"
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(corpus, bpe, capsys, tmp_path):
+def test_a_sample_may_have_characters_of_several_tokens_and_an_end(
+    corpus, bpe, capsys, monkeypatch
+):
+    tokens = iter([*"世界!".encode(), 296, *b"fox", *"界".encode(), *b"dog"])
+    monkeypatch.setattr(v8b, "choose_token", lambda *_: torch.tensor([[next(tokens)]]))
+    settings = {"num_samples": 2, "max_new_tokens": 9, "prompt": "Zoë ", "stop": "界d"}
+    out, _ = output(capsys, *flags(corpus, max_iters=0, **settings))
+    assert out.endswith(" bits/byte\nZoë 世界!\n---\nZoë fox\n")
+    assert list(tokens) == [*b"og"]
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(
+    corpus, bpe, capsys, tmp_path, monkeypatch
+):
     """A checkpoint keeps the tokenizer, and a sample from it needs no text."""
-    settings = {"eval_interval": 1, "dropout": 0.3, "warmup_iters": 0, "learning_rate": 0.1}
+    settings = {"dropout": 0.3, "warmup_iters": 0, "learning_rate": 0.1}
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    out, _ = output(capsys, *flags(corpus, "auto", out_dir=straight, max_iters=3, **settings))
-    with pytest.MonkeyPatch.context() as patch:
-        stops = iter([False] * 9 + [True] * 9)
-        patch.setattr(runs, "stop_requested", lambda: next(stops))
+    out, _ = output(capsys, *flags(corpus, "auto", out_dir=straight, **settings))
+    real = v8b.train_step
+
+    def train_step(model, optimizer, tokens, step, cfg):
+        real(model, optimizer, tokens, step, cfg)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(v8b, "train_step", train_step)
         with pytest.raises(SystemExit):
-            v8b.main(flags(corpus, "auto", out_dir=resumed, max_iters=3, **settings))
+            v8b.main(flags(corpus, "auto", out_dir=resumed, **settings))
     stopped = saved(resumed)
-    assert 0 < stopped["step"] < 3
+    assert stopped["step"] == 1
     assert (stopped["tokenizer"], stopped["config"]["tokenizer"]) == ("gpt2", "gpt2")
+    assert stopped["characters"] == ""
     output(capsys, "--resume", "--out_dir", resumed)
     weights, expected = saved(resumed)["model"], saved(straight)["model"]
     assert list(weights) == list(expected)
@@ -364,7 +272,17 @@ def test_a_resumed_run_ends_as_one_that_was_never_stopped(corpus, bpe, capsys, t
         assert torch.equal(weights[name], weight), name
     corpus.unlink()
     sample, _ = output(capsys, "--sample_only", "--out_dir", resumed)
-    assert sample == out.partition("bits per character\n")[2]
+    assert sample == out.partition("bits/byte\n")[2]
+
+
+def test_a_run_in_characters_keeps_them(corpus, capsys, tmp_path, no_encoding):
+    """Without GPT-2's files, and without its text."""
+    out, _ = output(capsys, *flags(corpus, "auto", out_dir=tmp_path / "run"))
+    assert saved(tmp_path / "run")["config"]["tokenizer"] == "char"
+    corpus.unlink()
+    sample, err = output(capsys, "--sample_only", "--out_dir", tmp_path / "run")
+    assert sample == out.partition("bits/byte\n")[2]
+    assert "notice: " not in err
 
 
 @pytest.fixture
@@ -443,7 +361,7 @@ def test_training_reads_only_its_own_windows_of_a_file(tmp_path, monkeypatch):
     cfg = tiny(v8b, max_iters=3, eval_interval=100)
     splits = data.split(token_files.TokenFile(path, 0, 1000, ""), cfg.block_size)
     assert Recorder.read == []
-    v8b.train(v8b.LanguageModel(cfg, 1000), *splits, cfg)
+    train(v8b, v8b.LanguageModel(cfg, 1000), *splits, cfg)
     assert len(Recorder.read) == 3 + 2 * 2 * cfg.eval_iters, "batches, and two estimates"
     assert all(windows.shape == (4, 6) for windows in Recorder.read)
     of_validation = [windows for windows in Recorder.read if windows.max() >= 900]

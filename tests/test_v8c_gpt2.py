@@ -10,8 +10,9 @@ import torch
 from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 
-import data
+from data import token_files
 from part4_gpt2 import v8c_gpt2 as v8c
+from support import hardware
 
 # ---- sizes
 
@@ -32,37 +33,38 @@ def test_presets_have_the_parameters_of_the_released_models(preset, vocab_size, 
     assert sum(p.numel() for p in model.parameters()) == n_parameters
 
 
-def settings_of(capsys, monkeypatch, *flags):
-    """The settings with which main() builds its model."""
-    seen = []
-
-    def build(cfg, vocab_size):
-        seen.append(cfg)
-        raise data.InputError("seen enough")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(v8c, "LanguageModel", build)
-        refused(v8c, capsys, *flags, "--tokenizer", "char", "--device", "cpu")
-    return seen[0]
+def settings(*flags):
+    """The settings of a new run."""
+    cfg, saved = v8c.read_settings([*flags, "--tokenizer", "char", "--device", "cpu"])
+    assert saved == {}
+    return cfg
 
 
 @pytest.mark.parametrize("preset", v8c.PRESETS)
-def test_a_preset_sets_its_sizes_and_nothing_else(corpus, capsys, monkeypatch, preset):
-    plain = settings_of(capsys, monkeypatch, "--data", corpus)
-    cfg = settings_of(capsys, monkeypatch, "--data", corpus, "--preset", preset)
+def test_a_preset_sets_its_sizes_and_nothing_else(preset):
+    plain, cfg = settings("--dtype", "float32"), settings("--dtype", "float32", "--preset", preset)
     assert vars(cfg) == vars(plain) | v8c.PRESETS[preset] | {"preset": preset}
 
 
-def test_a_flag_overrides_any_size_of_a_preset(corpus, capsys, monkeypatch):
+def test_a_flag_overrides_any_size_of_a_preset():
     typed = {"norm": "pre", "n_layer": 3, "n_head": 5, "n_embd": 35, "block_size": 9}
     for name, value in typed.items():
-        flags = ["--data", corpus, "--preset", "gpt1", f"--{name}", value]
-        cfg = settings_of(capsys, monkeypatch, *flags)
+        cfg = settings("--preset", "gpt1", f"--{name}", str(value))
         assert vars(cfg).items() >= (v8c.PRESETS["gpt1"] | {name: value}).items()
 
 
+def test_the_dtype_depends_on_the_sizes_of_the_preset(monkeypatch):
+    """It is decided when they are known, and so is the tokenizer."""
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
+    assert settings().dtype == "float32"
+    assert settings("--preset", "gpt2").dtype == "bfloat16"
+    assert settings("--preset", "gpt2", "--n_embd", "96").dtype == "float32"
+    monkeypatch.setattr(token_files, "choose_tokenizer", lambda name: f"chosen for {name}")
+    assert settings("--preset", "gpt2").tokenizer == "chosen for char"
+
+
 def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
-    """A run that began with a preset goes on with it."""
+    """A run that began with a preset goes on with it, and with the sizes that flags had changed."""
     for preset in ("gpt1", ""):
         folder = tmp_path / f"run {preset}"
         chosen = ["--preset", preset] if preset else []
@@ -70,10 +72,12 @@ def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
         for mode in ("--resume", "--sample_only"):
             line = refused(v8c, capsys, mode, "--out_dir", folder, "--preset", "gpt2")
             assert line.startswith(f"error: --preset gpt2: the checkpoint has {preset!r}, ")
-        v8c.main(["--resume", "--out_dir", str(folder), "--max_iters", "4"])
+        again = [["--preset", preset], []] if preset else [[]]
+        for n, typed in enumerate(again, start=4):
+            v8c.main(["--resume", "--out_dir", str(folder), "--max_iters", str(n), *typed])
         config = torch.load(folder / "latest.pt", weights_only=True)["config"]
         assert config["norm"] == ("post" if preset == "gpt1" else "pre")
-        assert (config["max_iters"], config["n_embd"]) == (4, 18)
+        assert (config["max_iters"], config["n_embd"]) == (n, 18)
 
 
 # ---- the architecture
@@ -103,7 +107,7 @@ def test_weights_start_small_and_projections_smaller_in_gpt2(norm, std_of_projec
             std = std_of_projections if is_projection else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
         else:
-            assert parameter.unique().tolist() == [float("ln" in name and "weight" in name)], name
+            assert parameter.unique().tolist() == [float("norm" in name and "weight" in name)], name
 
 
 def test_gelu_is_the_approximation_with_tanh():
@@ -142,13 +146,13 @@ def normalised(x, layer):
 def test_gpt1_normalises_after_each_addition():
     block = shaken(v8c.Block(tiny(v8c, norm="post")))
     x = torch.randn(2, 5, 18)
-    y = normalised(x + block.attention(x), block.ln_1)
-    torch.testing.assert_close(block(x), normalised(y + block.feed_forward(y), block.ln_2))
+    y = normalised(x + block.attention(x), block.norm_1)
+    torch.testing.assert_close(block(x), normalised(y + block.feed_forward(y), block.norm_2))
 
 
 def test_gpt1_has_no_final_layernorm():
     gpt1, gpt2 = (build(v8c, norm=norm) for norm in ("post", "pre"))
-    final = {"ln_f.weight", "ln_f.bias"}
+    final = {"norm_f.weight", "norm_f.bias"}
     assert set(gpt2.state_dict()) - set(gpt1.state_dict()) == final
     seen = []
     gpt1.blocks[-1].register_forward_hook(lambda *args: seen.append(args[-1]))

@@ -28,7 +28,7 @@ from transformers import (
 
 import data
 from part4_gpt2 import v8d_gpt2_weights as v8d
-from support import gpt2_files
+from support import gpt2_files, hardware, runs
 
 KINDS = {
     "GPT-2": (GPT2Config, GPT2LMHeadModel),
@@ -63,22 +63,38 @@ def gpt2_folder(tmp_path) -> Path:
     return tmp_path / "model"
 
 
-@pytest.fixture
+get_encoding = tiktoken.get_encoding
+
+
+@pytest.fixture(autouse=True)
 def ascii_tokens(monkeypatch):
-    """97 tokens, a byte each, instead of those of GPT-2, which need a download."""
-    first = [10, *range(32, 127), 195]  # the last one is the beginning of a character
+    """97 tokens, a byte each and an end, instead of those of GPT-2, which need a download."""
+    first = [10, *range(32, 126), 195]  # the last one is the beginning of a character
     ranks = {bytes([byte]): i for i, byte in enumerate(first)}
-    encoding = tiktoken.Encoding("97", pat_str=".|\n", mergeable_ranks=ranks, special_tokens={})
+    encoding = tiktoken.Encoding(
+        "97", pat_str=".|\n", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 96}
+    )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", 97)
     return encoding
 
 
-def load(folder: Path, *flags: str):
+def settings(folder: Path, *typed: str):
+    """The settings of a run that starts from a folder, and what was read there."""
+    words = ["--init_from", str(folder), "--device", "cpu", *typed]
+    cfg, saved, released = v8d.read_settings(words)
+    assert saved == {}
+    return cfg, released
+
+
+def load(folder: Path, *typed: str):
     """The model that --init_from makes of a folder."""
-    cfg = v8d.read_settings(gpt2_files.read_config(folder), ["--device", "cpu", *flags])
-    model = v8d.LanguageModel(cfg, 97).eval()
-    v8d.load_released(model, folder)
-    return model
+    return v8d.make_model(*settings(folder, *typed), 97).eval()
+
+
+def text_after(model, idx: torch.Tensor, n: int, cfg) -> torch.Tensor:
+    """idx, int64 (B, T), and n tokens after it."""
+    return torch.cat([idx, *model.stream(idx, n, cfg)], dim=1)
 
 
 def load_in_transformers(folder: Path):
@@ -143,12 +159,13 @@ def test_logits_from_the_cache_equal_those_of_transformers(released):
     ours = load(folder)
     idx = torch.randint(97, (2, 24))
     expected = theirs(idx).logits
-    caches = ours.make_caches(2)
+    caches = [v8d.KVCache(settings(folder)[0], 2, idx.device) for _ in ours.blocks]
     begin = 0
-    for length in (5, 1, 1, 4, 13):
-        logits, _ = ours(idx[:, begin : begin + length], caches=caches)
-        assert (logits - expected[:, begin : begin + length]).abs().max() < 1e-4
-        begin += length
+    for piece in idx.split([5] + [1] * 19, dim=1):
+        logits, _ = ours(piece, caches=caches)
+        end = begin + piece.shape[1]
+        assert (logits - expected[:, begin:end]).abs().max() < 1e-4
+        begin = end
     assert begin == 24
 
 
@@ -163,11 +180,12 @@ def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
         elif parameter.ndim == 1:
             torch.nn.init.constant_(parameter, float("ln" in name and "weight" in name))
     theirs.save_pretrained(tmp_path)
-    ours = load(tmp_path, "--temperature", "0")
+    cfg, released = settings(tmp_path, "--temperature", "0")
+    ours = v8d.make_model(cfg, released, 97).eval()
     idx = torch.randint(97, (2, 9))
     how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 50, "do_sample": False}
     expected = theirs.generate(idx, eos_token_id=None, pad_token_id=0, **how)
-    text = ours.generate(idx, 50)
+    text = text_after(ours, idx, 50, cfg)
     assert text.shape == (2, 59)
     assert torch.equal(text, expected)
     assert len(set(text[0, 9:].tolist())) > 4, "not the same few tokens for ever"
@@ -177,7 +195,7 @@ def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
 
 
 def test_an_exported_model_is_the_same_in_transformers_and_here(
-    released, ascii_tokens, tmp_path, capsys
+    released, tmp_path, capsys
 ):
     folder, theirs = released
     export = tmp_path / "new" / "export"
@@ -194,7 +212,7 @@ def test_an_exported_model_is_the_same_in_transformers_and_here(
 @pytest.mark.parametrize("norm", ["pre", "post"])
 @pytest.mark.parametrize("tokenizer", ["gpt2", "char"])
 def test_the_best_weights_of_a_run_are_exported(
-    corpus, ascii_tokens, tmp_path, capsys, monkeypatch, norm, tokenizer
+    corpus, tmp_path, capsys, monkeypatch, norm, tokenizer
 ):
     losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
     monkeypatch.setattr(v8d, "estimate_loss", lambda *_: next(losses))
@@ -222,7 +240,7 @@ def test_the_alphabet_of_a_character_model_comes_with_its_export(corpus, tmp_pat
     assert config["characters"] == "".join(sorted(set(TEXT)))
     sampling = ["--sample_only", "--prompt", "The ", "--max_new_tokens", "60", "--device", "cpu"]
     sampling += ["--data", "missing.txt"]
-    assert text.endswith("per character\n" + output(capsys, "--init_from", export, *sampling))
+    assert text.endswith(" bits/byte\n" + output(capsys, "--init_from", export, *sampling))
     line = refused(v8d, capsys, "--init_from", export, *sampling, "--prompt", "Zoë")
     assert line.startswith("error: --prompt: ")
     assert "'Z', 'ë'" in line
@@ -296,64 +314,107 @@ def test_a_resumed_run_exports_where_it_should(corpus, tmp_path):
     assert torch.equal(expected[second], best_weights(run)["token_embedding.weight"])
 
 
-# ---- the settings of a released model
+# ---- where a run starts, and its settings
 
 
-def settings(folder: Path, *typed: str):
-    return v8d.read_settings(gpt2_files.read_config(folder), ["--device", "cpu", *typed])
+def test_a_run_starts_in_one_of_four_ways(gpt2_folder, exported_run):
+    run, _ = exported_run
+    cfg, saved, released = v8d.read_settings(["--device", "cpu"])
+    assert (saved, released) == ({}, {})
+    assert cfg.learning_rate == 3e-3
+    for mode, name in {"--resume": "latest.pt", "--sample_only": "best.pt"}.items():
+        cfg, saved, released = v8d.read_settings([mode, "--out_dir", str(run), "--export", ""])
+        assert saved["path"] == str(run / name)
+        assert released == {}
+        assert (cfg.learning_rate, cfg.n_embd) == (1e-2, 18)
+    cfg, saved, released = v8d.read_settings(["--init_from", str(gpt2_folder), "--device", "cpu"])
+    assert saved == {}
+    assert released == gpt2_files.read_config(gpt2_folder)
+    assert (cfg.learning_rate, cfg.n_embd) == (3e-5, 36)
+
+
+@pytest.mark.parametrize(
+    ("flag", "typed"),
+    [
+        ("--resume", ["--resume"]),
+        ("--resume", ["--resume", "--out_dir", "missing"]),
+        ("--out_dir", ["--sample_only", "--out_dir", "missing"]),
+        ("--preset", ["--preset", "gpt2"]),
+        ("--preset", ["--sample_only", "--preset", "gpt1"]),
+    ],
+)
+def test_flags_that_contradict_a_start_from_released_weights_are_refused(
+    capsys, monkeypatch, flag, typed
+):
+    """Before anything is downloaded, or read from a run."""
+    monkeypatch.setattr(gpt2_files, "find_folder", lambda *_: pytest.fail("too late"))
+    monkeypatch.setattr(runs, "find_checkpoint", lambda *_: pytest.fail("too late"))
+    line = refused(v8d, capsys, "--init_from", "gpt2", *typed)
+    why = f"can't be used together with {flag}; leave one of them out"
+    assert line == f"error: --init_from gpt2: {why}"
 
 
 def test_a_released_model_brings_its_sizes(released):
     folder, theirs = released
-    cfg = settings(folder)
+    cfg, _ = settings(folder)
     assert cfg.norm == ("post" if theirs.config.model_type == "openai-gpt" else "pre")
     assert (cfg.n_layer, cfg.n_head, cfg.n_embd, cfg.block_size) == (3, 3, 36, 24)
-    assert cfg.tokenizer == "gpt2"
+    assert (cfg.tokenizer, cfg.preset) == ("gpt2", "")
+
+
+def test_the_dtype_is_that_for_the_sizes_of_the_model(tmp_path, monkeypatch):
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
+    for n_embd, dtype in {36: "float32", 129: "bfloat16"}.items():
+        make_reference("GPT-2", n_embd=n_embd).save_pretrained(tmp_path)
+        assert settings(tmp_path)[0].dtype == dtype
+        assert settings(tmp_path, "--dtype", "float32")[0].dtype == "float32"
 
 
 def test_fine_tuning_has_defaults_of_its_own(gpt2_folder):
-    cfg = settings(gpt2_folder)
+    cfg, _ = settings(gpt2_folder)
     assert vars(cfg).items() >= v8d.FINE_TUNING.items()
     assert cfg.learning_rate < v8d.Config.learning_rate / 10
     assert cfg.dropout > 0
-    cfg = settings(gpt2_folder, "--learning_rate", "0.5", "--dropout", "0", "--batch_size", "9")
-    assert (cfg.learning_rate, cfg.dropout, cfg.batch_size) == (0.5, 0.0, 9)
+    assert cfg.warmup_iters == cfg.max_iters / 10
+    typed = {"learning_rate": 0.5, "dropout": 0.0, "batch_size": 9, "warmup_iters": 7}
+    words = [word for name, value in typed.items() for word in (f"--{name}", str(value))]
+    cfg, _ = settings(gpt2_folder, *words)
+    assert vars(cfg).items() >= (v8d.FINE_TUNING | typed).items()
 
 
 def test_fine_tuning_is_the_same_on_a_gpu(gpt2_folder, monkeypatch):
     monkeypatch.setattr(data.flags, "is_usable", lambda device: True)
-    on_cpu = asdict(settings(gpt2_folder))
-    on_gpu = asdict(settings(gpt2_folder, "--device", "cuda"))
+    monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: False)
+    on_cpu = asdict(settings(gpt2_folder)[0])
+    on_gpu = asdict(settings(gpt2_folder, "--device", "cuda")[0])
     for name in ("device", "compile"):
         del on_cpu[name], on_gpu[name]
     assert on_gpu == on_cpu
-
-
-def test_the_warmup_is_a_tenth_of_the_run_unless_a_flag_says_otherwise(gpt2_folder):
-    assert settings(gpt2_folder).warmup_iters == v8d.FINE_TUNING["max_iters"] // 10 > 0
-    assert settings(gpt2_folder, "--max_iters", "50").warmup_iters == 5
-    assert settings(gpt2_folder, "--max_iters", "50", "--warmup_iters", "7").warmup_iters == 7
 
 
 @pytest.mark.parametrize(
     ("name", "value"),
     [
         ("n_layer", "2"), ("n_head", "4"), ("n_embd", "72"), ("norm", "post"),
-        ("tokenizer", "char"), ("preset", "gpt2"),
+        ("tokenizer", "char"),
     ],
 )  # fmt: skip
 def test_other_sizes_are_refused_by_name(gpt2_folder, capsys, name, value):
+    its = {"n_layer": 3, "n_head": 3, "n_embd": 36, "norm": "pre", "tokenizer": "gpt2"}[name]
     line = refused(v8d, capsys, "--init_from", gpt2_folder, f"--{name}", value)
-    assert line.startswith(f"error: --{name} {value}: ")
+    why = f"the model has {its!r}, which can't be changed; leave the flag out"
+    assert line == f"error: --{name} {value}: {why}"
+    settings(gpt2_folder, f"--{name}", str(its))
 
 
 def test_a_shorter_block_size_crops_the_positions(released):
     folder, theirs = released
-    ours = load(folder, "--block_size", "7")
+    cfg, read = settings(folder, "--block_size", "7")
+    ours = v8d.make_model(cfg, read, 97).eval()
     assert ours.position_embedding.weight.shape == (7, 36)
     idx = torch.randint(97, (3, 7))
     assert (ours(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
-    assert ours.generate(idx, 9).shape == (3, 16)
+    assert text_after(ours, idx, 9, cfg).shape == (3, 16)
 
 
 def test_a_longer_block_size_is_refused(gpt2_folder, capsys):
@@ -361,17 +422,11 @@ def test_a_longer_block_size_is_refused(gpt2_folder, capsys):
     assert line == "error: --block_size 25: the model has only 24 positions"
 
 
-def test_a_run_can_not_both_start_and_go_on(gpt2_folder, exported_run, capsys):
-    run, _ = exported_run
-    line = refused(v8d, capsys, "--init_from", gpt2_folder, "--resume", "--out_dir", run)
-    assert line.startswith("error: --init_from: ")
-    assert "--resume" in line
-
-
-def test_a_model_for_another_tokenizer_is_refused(tmp_path, ascii_tokens, capsys):
+def test_a_model_for_another_tokenizer_is_refused(tmp_path, capsys):
     make_reference("GPT-2", vocab_size=98).save_pretrained(tmp_path)
     line = refused(v8d, capsys, "--init_from", tmp_path, "--sample_only")
-    assert line.startswith("error: --init_from: its vocabulary has 98 tokens, the tokenizer 97; ")
+    said = f"--init_from {tmp_path / 'config.json'}: its vocabulary has 98 tokens, the tokenizer 97"
+    assert line.startswith(f"error: {said}; ")
 
 
 def test_without_the_files_of_its_tokenizer_a_model_is_refused(gpt2_folder, capsys, monkeypatch):
@@ -386,7 +441,7 @@ def test_without_the_files_of_its_tokenizer_a_model_is_refused(gpt2_folder, caps
 # ---- sampling and fine-tuning
 
 
-def test_a_released_model_just_generates(released, ascii_tokens, tmp_path, capsys, monkeypatch):
+def test_a_released_model_just_generates(released, tmp_path, capsys, monkeypatch, ascii_tokens):
     """It needs no corpus, and writes nothing."""
     folder, theirs = released
     here = tmp_path / "here"
@@ -398,8 +453,17 @@ def test_a_released_model_just_generates(released, ascii_tokens, tmp_path, capsy
     idx = torch.tensor([ascii_tokens.encode("ABC")])
     how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 15, "do_sample": False}
     expected = theirs.generate(idx, eos_token_id=None, pad_token_id=0, **how)
+    assert 96 not in expected
     assert out == ascii_tokens.decode(expected[0].tolist()) + "\n"
     assert list(here.iterdir()) == []
+
+
+def test_a_text_ends_where_the_model_ends_it(gpt2_folder, ascii_tokens, capsys, monkeypatch):
+    tokens = iter([*ascii_tokens.encode("fox"), 96, 5])
+    monkeypatch.setattr(v8d, "choose_token", lambda *_: torch.tensor([[next(tokens)]]))
+    out = output(capsys, "--init_from", gpt2_folder, "--sample_only", "--prompt", "The ")
+    assert out == "The fox\n"
+    assert list(tokens) == [5]
 
 
 def test_fine_tuning_starts_from_the_released_weights(
@@ -407,11 +471,13 @@ def test_fine_tuning_starts_from_the_released_weights(
 ):
     flags = ["--init_from", gpt2_folder, "--data", corpus, "--eval_iters", "1", "--device", "cpu"]
     flags += ["--out_dir", tmp_path / "run", "--block_size", "20", "--learning_rate", "1e-2"]
-    out = output(capsys, *flags, "--max_iters", "20", "--eval_interval", "20")
+    flags += ["--max_iters", "20", "--eval_interval", "20", "--warmup_iters", "2"]
+    out = output(capsys, *flags)
     losses = [float(loss) for loss in re.findall(r"val loss (\d+\.\d+)", out)]
     tokens = torch.tensor(ascii_tokens.encode(TEXT))
     val_data = tokens[len(tokens) * 9 // 10 :]
-    windows = torch.stack([val_data[i : i + 21] for i in range(0, len(val_data) - 20, 20)])
+    starts = [i * (len(val_data) - 21) // 3 for i in range(4)]  # evenly spread
+    windows = torch.stack([val_data[start : start + 21] for start in starts])
     with torch.no_grad():
         logits, _ = load(gpt2_folder)(windows[:, :-1])
     expected = F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
@@ -420,7 +486,7 @@ def test_fine_tuning_starts_from_the_released_weights(
 
 
 def test_a_fine_tuned_run_goes_on_without_the_released_model(
-    gpt2_folder, ascii_tokens, corpus, tmp_path, capsys
+    gpt2_folder, corpus, tmp_path, capsys
 ):
     run = tmp_path / "run"
     tuning = ["--init_from", gpt2_folder, "--data", corpus, "--max_iters", "2", "--device", "cpu"]
@@ -435,7 +501,9 @@ def test_a_fine_tuned_run_goes_on_without_the_released_model(
 
 
 @pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
-def test_a_model_with_the_vocabulary_of_gpt2_padded_generates(tmp_path, capsys):
+def test_a_model_with_the_vocabulary_of_gpt2_padded_generates(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", 50_257)
     sizes = {"n_embd": 2, "n_head": 1, "n_layer": 1, "vocab_size": 50_304}
     make_reference("GPT-2", **sizes).save_pretrained(tmp_path)
     flags = ["--sample_only", "--max_new_tokens", "3", "--device", "cpu", "--prompt", "Hens"]

@@ -33,7 +33,7 @@ MARKDOWN = MarkdownIt("commonmark", {"highlight": color_diff}).enable("table")
 CODE = re.compile(
     r"(?<![\w.])(--?[a-z][\w-]+|[\w/]+\.(?:py|md|json|pt)|\w+\(\)|[a-z]\w*_\w+|[A-Z]\w+\.\w+)"
 )
-LABEL = re.compile(r"^(New here|Run it|Probe|Expect|Diff): +(.*)$")
+LABEL = re.compile(r"^(New here|Run it|Probe|Expect|Diff|Next): +(.*)$")
 
 
 @dataclass
@@ -154,10 +154,6 @@ def exercises() -> tuple[str, dict[int, str]]:
 
 
 def exercise(text: str) -> str:
-    """An exercise as HTML, with its answer folded away; text: its title, task and answer."""
+    """An exercise as HTML; text: its title, its task, and its answer in a details element."""
     title, _, body = text.partition("\n")
-    task, _, answer = re.split(r"^(Answer:)", body, maxsplit=1, flags=re.MULTILINE)
-    return (
-        f"<h4>{html.escape(title, quote=False)}</h4>{markdown(task)}"
-        f"<details><summary>What happened</summary>{markdown(answer)}</details>"
-    )
+    return f"<h4>{html.escape(title, quote=False)}</h4>{markdown(body)}"
