@@ -148,15 +148,16 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x ** 2) + 1e-5) * weight, float (..., size) (Zhang and Sennrich 2019)."""
+    """x / sqrt(mean(x ** 2) + eps) * weight, float (..., size) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))  # (size,)
+        self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean_square = x.pow(2).mean(dim=-1, keepdim=True)  # (..., 1)
-        return x * torch.rsqrt(mean_square + 1e-5) * self.weight  # (..., size)
+        return x * torch.rsqrt(mean_square + self.eps) * self.weight  # (..., size)
 
 
 class MultiHeadAttention(nn.Module):

@@ -1,9 +1,10 @@
-"""v11a_llama.py: the rest of the architecture of Llama and Qwen3.
+"""v11a_llama.py: the rest of the architecture of Llama and Qwen.
 
-Llama 3 and Qwen3 are v9d with a few more settings:
+Llama 3, Qwen2 and Qwen3 are v9d with a few more settings:
 
 - head_size: a head may be wider than n_embd / n_head.
 - intermediate_size: the hidden width of the feed-forward network.
+- qkv_bias: Qwen2 has biases for queries, keys and values.
 - qk_norm: Qwen3 normalises each query and key before the rotation. In large models, that keeps the
   scores from growing until training diverges (Dehghani et al. 2023, section 2).
 - tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
@@ -81,7 +82,8 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     head_size: int = setting("width of a head; 0: n_embd / n_head", 0, below=2**20)
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", 0, below=2**20)
-    qk_norm: bool = setting("normalise queries and keys", False)
+    qkv_bias: bool = setting("biases for queries, keys and values", False)
+    qk_norm: bool = setting("normalise queries and keys, with weights", False)
     tie_word_embeddings: bool = setting("one matrix for tokens in and out", False)
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
@@ -92,9 +94,9 @@ class Config:
 
 
 SIZES = [  # a run that is resumed must keep these
-    "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qk_norm",
-    "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor",
-    "rope_high_freq_factor", "original_max_position_embeddings",
+    "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
+    "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
+    "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
 ]
 
 
@@ -191,7 +193,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x ** 2) + eps) * weight, float (..., size) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))  # (size,)
         self.eps = eps
@@ -218,11 +220,11 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
-        kv_size = head_size * cfg.n_kv_head
-        self.query = nn.Linear(cfg.n_embd, head_size * cfg.n_head, bias=False)
-        self.key = nn.Linear(cfg.n_embd, kv_size, bias=False)
-        self.value = nn.Linear(cfg.n_embd, kv_size, bias=False)
-        self.projection = nn.Linear(head_size * cfg.n_head, cfg.n_embd, bias=False)
+        query_size, kv_size = head_size * cfg.n_head, head_size * cfg.n_kv_head
+        self.query = nn.Linear(cfg.n_embd, query_size, bias=cfg.qkv_bias)
+        self.key = nn.Linear(cfg.n_embd, kv_size, bias=cfg.qkv_bias)
+        self.value = nn.Linear(cfg.n_embd, kv_size, bias=cfg.qkv_bias)
+        self.projection = nn.Linear(query_size, cfg.n_embd, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
         if cfg.qk_norm:

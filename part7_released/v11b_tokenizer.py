@@ -81,7 +81,8 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     head_size: int = setting("width of a head; 0: n_embd / n_head", 0, below=2**20)
     intermediate_size: int = setting("hidden width; 0: 8/3 * n_embd", 0, below=2**20)
-    qk_norm: bool = setting("normalise queries and keys", False)
+    qkv_bias: bool = setting("biases for queries, keys and values", False)
+    qk_norm: bool = setting("normalise queries and keys, with weights", False)
     tie_word_embeddings: bool = setting("one matrix for tokens in and out", False)
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
@@ -93,9 +94,10 @@ class Config:
 
 
 SIZES = [  # a run that is resumed must keep these
-    "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qk_norm",
-    "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor", "rope_low_freq_factor",
-    "rope_high_freq_factor", "original_max_position_embeddings", "tokenizer",
+    "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
+    "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
+    "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
+    "tokenizer",
 ]
 
 
@@ -225,7 +227,7 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tenso
 class RMSNorm(nn.Module):
     """x / sqrt(mean(x ** 2) + eps) * weight, float (..., size) (Zhang and Sennrich 2019)."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float = 1e-5) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))  # (size,)
         self.eps = eps
@@ -252,11 +254,11 @@ class MultiHeadAttention(nn.Module):
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         self.n_head = cfg.n_head
         self.n_kv_head = cfg.n_kv_head
-        kv_size = head_size * cfg.n_kv_head
-        self.query = nn.Linear(cfg.n_embd, head_size * cfg.n_head, bias=False)
-        self.key = nn.Linear(cfg.n_embd, kv_size, bias=False)
-        self.value = nn.Linear(cfg.n_embd, kv_size, bias=False)
-        self.projection = nn.Linear(head_size * cfg.n_head, cfg.n_embd, bias=False)
+        query_size, kv_size = head_size * cfg.n_head, head_size * cfg.n_kv_head
+        self.query = nn.Linear(cfg.n_embd, query_size, bias=cfg.qkv_bias)
+        self.key = nn.Linear(cfg.n_embd, kv_size, bias=cfg.qkv_bias)
+        self.value = nn.Linear(cfg.n_embd, kv_size, bias=cfg.qkv_bias)
+        self.projection = nn.Linear(query_size, cfg.n_embd, bias=False)
         self.dropout = nn.Dropout(cfg.dropout)
         self.query_norm, self.key_norm = nn.Identity(), nn.Identity()
         if cfg.qk_norm:

@@ -317,6 +317,7 @@ COURSE = {
         "adds": [
             "Config.head_size",
             "Config.intermediate_size",
+            "Config.qkv_bias",
             "Config.qk_norm",
             "Config.tie_word_embeddings",
             "Config.rms_norm_eps",
@@ -331,8 +332,6 @@ COURSE = {
             "SIZES",
             "KVCache.__init__",
             "rotation_angles",
-            "RMSNorm",
-            "RMSNorm.__init__",
             "RMSNorm.forward",
             "MultiHeadAttention.__init__",
             "MultiHeadAttention.forward",
