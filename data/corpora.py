@@ -38,7 +38,26 @@ def load_text(name: str | Path, flag: str = "--data") -> str:
         return read_text_file(SHAKESPEARE, flag)
     if name == "python":
         return python_library()
+    check_name(name, flag)
     return read_text_file(Path(name), flag)
+
+
+def check_name(name: str | Path, flag: str) -> None:
+    """Raise InputError, naming flag, for what can't be a text file or never ends."""
+    remedy = "give the path of a text file"
+    if str(name) == "":
+        raise InputError(f"{flag}: empty; {remedy}")
+    if "://" in str(name):
+        raise InputError(f"{flag} {name}: an address; download the text and {remedy}")
+    with reading(Path(name), flag):
+        if Path(name).is_char_device() and not is_terminal(Path(name)):
+            raise InputError(f"{flag} {name}: a device, which may never end; {remedy}")
+
+
+def is_terminal(path: Path) -> bool:
+    """Whether path is a terminal, in which someone can type a text and end it."""
+    with path.open("rb", buffering=0) as file:
+        return file.isatty()
 
 
 def download_shakespeare() -> None:
@@ -74,7 +93,7 @@ def read_text_file(path: Path, flag: str) -> str:
     if not text:
         raise InputError(f"{flag} {path}: the file is empty; use a text with characters in it")
     if "\0" in text:
-        raise InputError(f"{flag} {path}: a binary file; give the path of a text file")
+        raise InputError(f"{flag} {path}: a binary file, or text that isn't UTF-8; give UTF-8 text")
     return text
 
 

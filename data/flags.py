@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import Field, field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,9 @@ def command_line(torchrun: bool = False) -> Iterator[None]:
 
     torchrun: whether the program can be one of several that torchrun has started.
     """
+    for name in ("stdout", "stderr"):  # closed, or a Windows program without a console
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if hasattr(sys.stdout, "reconfigure"):  # a notebook's stdout has no such method
         # Show each line at once, and print "?" for a character that the terminal can't show.
         sys.stdout.reconfigure(line_buffering=True, errors="replace")
@@ -171,6 +176,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that reports a mistake as an InputError, without the usage message."""
 
     def error(self, message: str) -> None:
+        unknown = re.search(r"unrecognized arguments: --([\w-]+)", message)
+        if unknown:
+            flags = [flag.lstrip("-") for flag in self._option_string_actions]
+            close = get_close_matches(unknown[1], flags, n=1)
+            if close:
+                message = f"{message}; did you mean --{close[0]}?"
         raise InputError(f"{message}; see --help")
 
 

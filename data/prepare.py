@@ -37,6 +37,9 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"--out {args.out}: its name must end with .bin")
         if args.out.exists():
             raise InputError(f"--out {args.out}: is there already; remove it, or name another")
+        for text in args.texts:
+            if text.is_file() and text.stat().st_size == 0:
+                raise InputError(f"TEXT {text}: the file is empty; give a text")
         n_tokens = token_files.write_token_file(args.out, args.texts, "--out", "TEXT")
         print(f"{args.out}: {n_tokens:,} tokens")
 

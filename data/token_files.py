@@ -4,11 +4,13 @@ A file holds GPT-2's token ids as uint16, little-endian and nothing else, which 
 The side file next to it, corpus.bin.json, says so and has the number of tokens and a checksum.
 """
 
+import glob
 import hashlib
 import json
 import os
 import re
 import sys
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 import data
-from data.corpora import load_text, reading
+from data.corpora import check_name, load_text, reading
 from data.files import replace_file
 from data.flags import InputError
 
@@ -65,7 +67,9 @@ def load_tokens(name: str, flag: str = "--data") -> np.ndarray | TokenFile:
     path = Path(name)
     if path.suffix == ".bin":
         return open_token_file(path, flag)
-    if name in ("shakespeare", "python") or not os.path.isfile(path):  # a pipe can't be read twice
+    # A pipe can't be read twice, and there is no place for a file beside a device.
+    is_file = os.path.isfile(path) and not name.startswith(("/dev/", "/proc/"))
+    if name in ("shakespeare", "python") or not is_file:
         pieces = [load_text(name, flag)]
         return np.concatenate(list(encode(pieces)))
     if not os.access(path.parent, os.W_OK):
@@ -144,10 +148,21 @@ def write_token_file(path: Path, texts: list[Path], flag: str, text_flag: str) -
                 sha256.update(ids)
                 file.write(ids)
 
-    side_file(path).unlink(missing_ok=True)  # so that it never describes another file
+    try:
+        side_file(path).unlink(missing_ok=True)  # so that it never describes another file
+        remove_unfinished(path)
+    except OSError as error:
+        raise InputError(f"{flag} {path}: can't write there ({error.strerror})") from None
     replace_file(path, write, flag, ending=f"{os.getpid()}.unfinished")
     write_side_file(path, {"n_tokens": n_tokens, "sha256": sha256.hexdigest()}, flag)
     return n_tokens
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what programs that were killed while writing path left an hour or more ago."""
+    for unfinished in path.parent.glob(f"{glob.escape(path.name)}.*.unfinished"):
+        if unfinished.stat().st_mtime < time.time() - 3600:
+            unfinished.unlink(missing_ok=True)
 
 
 def read_pieces(path: Path, flag: str) -> Iterator[str]:
@@ -157,6 +172,7 @@ def read_pieces(path: Path, flag: str) -> Iterator[str]:
     across that place, so the pieces have the tokens of the whole text. (A million characters
     without such a place are cut anywhere.) Raises InputError, naming flag, like load_text.
     """
+    check_name(path, flag)
     with reading(path, flag), path.open(encoding="utf-8-sig") as file:
         size = os.fstat(file.fileno()).st_size  # 0 for a pipe
         bar = tqdm(total=size or None, desc=f"encoding {path.name}", unit="B", unit_scale=True)
@@ -168,7 +184,8 @@ def read_pieces(path: Path, flag: str) -> Iterator[str]:
                     break
                 bar.update(len(new.encode("utf-8")))
                 if "\0" in new:
-                    raise InputError(f"{flag} {path}: a binary file; give the path of a text file")
+                    why = "a binary file, or text that isn't UTF-8; give UTF-8 text"
+                    raise InputError(f"{flag} {path}: {why}")
                 text = rest + new
                 found = re.match(r".*\S(?=[ \n])", text, re.DOTALL)
                 cut = found.end() if found else len(text)
@@ -234,10 +251,12 @@ def open_token_file(path: Path, flag: str) -> TokenFile:
         raise InputError(f"{flag} {path}: no such file; make it with python -m data.prepare")
     described = read_side_file(path, flag)
     n_tokens = described["n_tokens"]
-    checksum = checksum_of(path)
+    checksum, largest = checksum_and_largest(path)
     if path.stat().st_size != n_tokens * DTYPE.itemsize or checksum != described["sha256"]:
         why = f"not the file that {side_file(path).name} describes; make it again"
         raise InputError(f"{flag} {path}: {why}")
+    if largest >= N_VOCAB:
+        raise InputError(f"{flag} {path}: {largest} isn't the id of a token of GPT-2")
     return TokenFile(path, 0, n_tokens, checksum)
 
 
@@ -257,7 +276,7 @@ def read_side_file(path: Path, flag: str) -> dict:
             f'in the layout of nanoGPT, make one: python -m data.prepare --adopt "{path}"'
         )
         raise InputError(f"{flag} {path}: {why}") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{flag} {path}: can't read {side.name} ({error})") from None
     types = {"tokenizer": str, "n_tokens": int, "sha256": str}
     for name, kind in types.items():
@@ -295,6 +314,16 @@ def checksum_of(path: Path) -> str:
     for chunk in read_chunks(path):
         sha256.update(chunk)
     return sha256.hexdigest()
+
+
+def checksum_and_largest(path: Path) -> tuple[str, int]:
+    """The SHA-256 of a file of token ids, in hexadecimal, and its largest id; 0 if it is empty."""
+    sha256, largest = hashlib.sha256(), 0
+    for chunk in read_chunks(path):
+        sha256.update(chunk)
+        ids = np.frombuffer(chunk[: len(chunk) // 2 * 2], dtype=DTYPE)  # (n,)
+        largest = max(largest, int(ids.max(initial=0)))
+    return sha256.hexdigest(), largest
 
 
 def checksum(*parts: np.ndarray | TokenFile) -> str:

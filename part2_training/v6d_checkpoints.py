@@ -10,7 +10,7 @@ Each loss estimate now uses the same batches, spread evenly over the text, so th
 belongs to the best weights. A run has three files:
 
     latest.pt    the state after the last loss estimate, or when the run was stopped with Ctrl-C
-    best.pt      the state with the lowest validation loss; the sample comes from it
+    best.pt      the weights with the lowest validation loss; the sample comes from them
     log.jsonl    one line of JSON for each loss estimate
 
 A file is replaced once the new one is complete, so a crash or a full disk can't harm the old one.

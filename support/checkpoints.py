@@ -127,6 +127,10 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict, name: str = "")
     The learning rate and the weight decay stay those of the optimizer, because a flag may have
     changed them. name: that of the optimizer, if the checkpoint has the averages of several.
     """
+    if not state["optimizer"] and state["step"] > 0:
+        why = "has weights and no averages, so the optimizer starts with new ones"
+        print(f"notice: {state['path']}: {why}", file=sys.stderr)
+        return
     groups = optimizer.state_dict()["param_groups"]
     try:
         averages = state["optimizer"][name] if name else state["optimizer"]
@@ -136,8 +140,10 @@ def load_averages(optimizer: torch.optim.Optimizer, state: dict, name: str = "")
                 if state["step"] > 0:
                     check_averages(optimizer, parameter)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        writer = script_path(state["script"])
-        why = f"damaged, or written with another optimizer by {writer}; use that script"
+        writer, script = script_path(state["script"]), Path(sys.argv[0]).stem
+        why = "damaged"
+        if script != state["script"]:
+            why = f"damaged, or written with another optimizer by {writer}; use that script"
         raise InputError(f"{state['path']}: its averages don't fit ({error}): {why}") from None
 
 

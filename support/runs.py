@@ -1,5 +1,6 @@
 """A training run: a folder that no other run uses, its files, and Ctrl-C that lets it save."""
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,8 @@ from support.checkpoints import is_intact, read_checkpoint, script_path
 from support.processes import largest_of_all, n_processes, process_rank
 
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
+NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]  # as on some network drives
+LARGE = 10**9  # bytes of a checkpoint that is announced
 
 
 def find_checkpoint(out_dir: str, name: str) -> dict:
@@ -54,6 +57,11 @@ def read_settings(
         return cfg, {}
     saved = find_checkpoint(cfg.out_dir, "best.pt" if cfg.sample_only else "latest.pt")
     config = dict(saved["config"])
+    for name in fixed:
+        if name not in config:
+            writer = script_path(saved["script"])
+            why = f"written by {writer}, whose model has no {name}; use that script"
+            raise InputError(f"{saved['path']}: {why}")
     if cfg.sample_only:
         config.pop("dtype", None)  # that of training, which this machine may not have
         config.pop("export", None)  # the run has done that
@@ -144,7 +152,7 @@ class Run:
             self.folder = self.open_folder()
             print(f"folder: {self.folder}", file=sys.stderr)
             self.lock = FileLock(self.folder / "lock")
-            self.lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
+            self.take_lock()
             self.check_unchanged()
         except Timeout:
             why = "another run is using it; wait until it ends, or name another folder"
@@ -152,6 +160,16 @@ class Run:
         except OSError as error:
             why = f"can't write there ({error.strerror}); name another folder"
             raise InputError(f"--out_dir {self.out_dir or RUNS}: {why}") from None
+
+    def take_lock(self) -> None:
+        """Lock the folder; raises Timeout if it is locked. Without locks, print a notice."""
+        try:
+            self.lock.acquire(timeout=0)  # the system lets go of it even if the program is killed
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            why = "this file system has no locks, so nothing keeps a second run out of the folder"
+            print(f"notice: {why}", file=sys.stderr)
 
     def check_unchanged(self) -> None:
         """Raise InputError if the checkpoint has been replaced before the run had its folder."""
@@ -237,7 +255,8 @@ class Run:
         """
         self.history[state["step"]] = (train_loss, val_loss)
         if val_loss == min(val_loss for _, val_loss in self.history.values()):
-            self.write("best.pt", state)
+            # Only to sample from, so without the optimizer's averages, which are twice as large.
+            self.write("best.pt", {**state, "optimizer": {}})
         self.write("latest.pt", state)
         self.write_log()
 
@@ -250,7 +269,12 @@ class Run:
         if process_rank() > 0:
             return
         whole = {**self.about, "history": self.history, **state}
-        replace_file(self.folder / name, lambda file: torch.save(whole, file), "--out_dir")
+        path = self.folder / name
+        is_first = not path.exists()
+        replace_file(path, lambda file: torch.save(whole, file), "--out_dir")
+        if is_first and path.stat().st_size > LARGE:
+            gigabytes = path.stat().st_size / 10**9
+            print(f"notice: {path} takes {gigabytes:.1f} GB of the disk", file=sys.stderr)
 
     def write_log(self) -> None:
         """Replace log.jsonl by one line of JSON for each loss estimate."""

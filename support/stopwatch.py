@@ -1,8 +1,11 @@
 """How fast a model trains, in tokens per second."""
 
+import sys
 import time
 
 import torch
+
+SLOWER = 3  # times as slow as before, which is worth a notice
 
 
 class Stopwatch:
@@ -10,11 +13,15 @@ class Stopwatch:
 
     The first step doesn't count, because torch.compile does its work in it. Nor does the time
     between stop and start, in which losses are estimated and checkpoints saved.
+
+    Once, it prints a notice if training on the CPU has become several times slower.
     """
 
     def __init__(self, device: str) -> None:
         self.device = device
         self.is_first_step = True
+        self.fastest = 0.0  # tokens/s
+        self.has_noticed = False
         self.start()
 
     def start(self) -> None:
@@ -35,8 +42,14 @@ class Stopwatch:
         if self.n_tokens == 0:
             return ""
         wait_for(self.device)
-        seconds = time.perf_counter() - self.started
-        return f", {self.n_tokens / seconds:,.0f} tokens/s"
+        speed = self.n_tokens / (time.perf_counter() - self.started)
+        self.fastest = max(self.fastest, speed)
+        if self.device.startswith("cpu") and speed < self.fastest / SLOWER and not self.has_noticed:
+            self.has_noticed = True
+            why = f"training has become {self.fastest / speed:.0f} times slower"
+            remedy = "if other programs use the cores, OMP_NUM_THREADS=1 may help"
+            print(f"notice: {why}; {remedy}", file=sys.stderr)
+        return f", {speed:,.0f} tokens/s"
 
 
 def wait_for(device: str) -> None:

@@ -334,7 +334,7 @@ def test_what_is_not_text_is_refused_and_leaves_nothing(tmp_path, bpe, monkeypat
 
 def test_a_text_that_is_not_there_is_refused(tmp_path, bpe):
     for path in (tmp_path, tmp_path / "missing.txt", "", "x" * 3000):
-        with pytest.raises(data.InputError, match="^--data .*give the path of a text file"):
+        with pytest.raises(data.InputError, match="^--data.*give the path of a text file"):
             token_files.load_tokens(str(path))
 
 

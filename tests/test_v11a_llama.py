@@ -315,7 +315,7 @@ def test_llama_has_as_many_parameters_as_in_transformers():
 
 def test_a_checkpoint_keeps_its_settings(corpus, tmp_path, capsys):
     v11a.main([*tiny_flags(v11a, out_dir=tmp_path), "--data", str(corpus)])
-    switches = {"qk_norm", "tie_word_embeddings"}
+    switches = {"qkv_bias", "qk_norm", "tie_word_embeddings"}
     assert set(v11a.SIZES) == OTHERS.keys() | switches
     for mode in ("--resume", "--sample_only"):
         for name, value in OTHERS.items():

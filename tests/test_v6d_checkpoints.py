@@ -216,12 +216,27 @@ def test_a_stopped_run_saves_and_goes_on_as_if_nothing_had_happened(
     assert_same_run(folder, straight_run)
 
 
-def test_a_run_goes_on_from_its_best_weights_if_they_are_copied(straight_run, tmp_path):
+def test_a_run_goes_on_from_its_best_weights_if_they_are_copied(straight_run, tmp_path, capsys):
+    """They come without averages, so the optimizer starts anew, and says so."""
     folder = shutil.copytree(straight_run, tmp_path / "run")
+    best = saved(folder, "best.pt")
+    assert best["optimizer"] == {}
     (folder / "latest.pt").write_bytes(b"damaged")
     shutil.copy(folder / "best.pt", folder / "latest.pt")
-    v6d.main(["--resume", "--out_dir", str(folder)])
-    assert_same_run(folder, straight_run)
+    end = best["step"] + 2
+    v6d.main(["--resume", "--out_dir", str(folder), "--max_iters", str(end)])
+    notice = f"notice: {folder / 'latest.pt'}: has weights and no averages, so the optimizer starts"
+    assert notice in capsys.readouterr().err
+    ended = saved(folder)
+    assert ended["step"] == end
+    assert {step: ended["history"][step] for step in best["history"]} == best["history"]
+    assert {averages["step"].item() for averages in ended["optimizer"].values()} == {2}
+
+
+def test_the_best_weights_take_a_third_of_the_disk(trained):
+    sizes = {name: (trained / name).stat().st_size for name in ("best.pt", "latest.pt")}
+    n_bytes = 4 * sum(weight.numel() for weight in saved(trained)["model"].values())
+    assert sizes["latest.pt"] - sizes["best.pt"] > 2 * n_bytes
 
 
 def test_a_finished_run_that_is_resumed_ends_in_the_same_way(trained, capsys):
@@ -552,7 +567,6 @@ def test_a_damaged_checkpoint_is_refused(trained, capsys, what):
         pytest.param({"history": {0: (1.0, math.nan)}}, id="history with a loss that isn't one"),
         pytest.param({"step": -1}, id="negative step"),
         pytest.param({"config": {}}, id="no settings"),
-        pytest.param({"optimizer": {}}, id="averages left out"),
     ],
 )
 def test_a_checkpoint_edited_by_hand_is_refused(trained, capsys, changes):
