@@ -80,6 +80,7 @@ def command_line(torchrun: bool = False) -> Iterator[None]:
 
 def exit_with_error(message: str) -> None:
     """Print message on standard error, as a single line, and exit with status 2."""
+    wait_for_first_process()
     one_line = " ".join(message.split())
     print(f"error: {one_line}", file=sys.stderr)
     sys.exit(2)
@@ -89,10 +90,17 @@ def refuse_torchrun() -> None:
     """Raise InputError if torchrun has started this program, which would do everything twice."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return
-    if os.environ["RANK"] != "0":
-        time.sleep(60)  # torchrun ends this process when the first one, which reports it, has ended
     why = "only v8e_distributed.py can share its work among processes"
     raise InputError(f"torchrun: {why}; start this script with python")
+
+
+def wait_for_first_process() -> None:
+    """Under torchrun, give the first process the time to report a mistake that all have.
+
+    When one process ends, torchrun ends the others, and the first may not have printed yet.
+    """
+    if "TORCHELASTIC_RUN_ID" in os.environ and os.environ["RANK"] != "0":
+        time.sleep(20)
 
 
 NO_LIMIT = 2**31  # larger sizes and counts would only overflow later

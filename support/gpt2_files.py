@@ -1,6 +1,5 @@
 """GPT-2 and GPT-1 in the folders of transformers: settings, vocabularies and embeddings."""
 
-import json
 import math
 import os
 from collections.abc import Iterator
@@ -13,8 +12,14 @@ from data.flags import InputError
 from data.token_files import N_VOCAB
 from support import model_files
 
-RELEASED = ["gpt2", "gpt2-medium", "gpt2-large", "gpt2-xl"]  # on the Hugging Face hub
+# Short names of models, and their repositories on the Hugging Face hub.
+RELEASED = {
+    "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+    "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+    "distilgpt2": "distilbert/distilgpt2",
+}
 NORMS = {"gpt2": "pre", "openai-gpt": "post"}  # by model_type
+CLASSES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
 SIZES = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size"]
 # What else a configuration may say, with the only values that our model has.
 ONLY = {
@@ -23,26 +28,33 @@ ONLY = {
     "layer_norm_epsilon": [1e-5],
     "scale_attn_weights": [True],
     "scale_attn_by_inverse_layer_idx": [False],
-    "reorder_and_upcast_attn": [False],
+    "reorder_and_upcast_attn": [False, True],  # only how float16 is rounded
     "add_cross_attention": [False],
     "tie_word_embeddings": [True],
 }
 # The embeddings of tokens and positions in GPT-2 and in GPT-1.
 TOKENS = ["wte.weight", "tokens_embed.weight"]
 POSITIONS = ["wpe.weight", "positions_embed.weight"]
+# The files with tokens, if there are any, and some that GPT-2 has. The vocabularies for other
+# languages often have just as many tokens.
+TOKEN_FILES = ["tokenizer.json", "vocab.json"]
+SOME_TOKENS = {"\u0120the": 262, "ale": 1000, "hello": 31_373, "\u0120gazed": 50_255}
 
 
 def find_folder(name: str) -> Path:
-    """Return the folder called name or, for a name in RELEASED, that of the downloaded model.
+    """Return the folder called name or that of a downloaded model.
 
-    Raises InputError if there is no such folder, or if the download fails.
+    name: one in RELEASED, or that of a repository, "owner/name". Raises InputError if there is no
+    such folder, or if the download fails.
     """
     if os.path.isdir(name):
         return Path(name)
-    if name not in RELEASED:
+    if name not in RELEASED and not model_files.REPOSITORY.fullmatch(name):
         why = f"no such folder, and not one of {', '.join(RELEASED)}"
-        raise InputError(f"--init_from {name}: {why}")
-    return model_files.download(name, f"openai-community/{name}", ["config.json"])
+        remedy = 'give a folder, one of these, or a repository, "owner/name"'
+        raise InputError(f"--init_from {name}: {why}; {remedy}")
+    repository = RELEASED.get(name, name)
+    return model_files.download(name, repository, ["config.json"], TOKEN_FILES)
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -75,11 +87,28 @@ def read_config(folder: Path) -> dict[str, Any]:
         why = f"its vocabulary has {config['vocab_size']:,} tokens, the tokenizer {n_vocab:,}"
         remedy = "only a model with the same tokens can be loaded"
         raise InputError(f"--init_from {path}: {why}; {remedy}")
+    if not characters:
+        check_tokens(folder)
     return {
         "norm": NORMS[kind], "n_layer": config["n_layer"], "n_head": config["n_head"],
         "n_embd": config["n_embd"], "block_size": config["n_positions"], "folder": folder,
         "tokenizer": "char" if characters else "gpt2", "characters": characters,
     }
+
+
+def check_tokens(folder: Path) -> None:
+    """Raise InputError if the tokens in a folder aren't GPT-2's; not every folder has them."""
+    for name in TOKEN_FILES:
+        path = folder / name
+        if not path.exists():
+            continue
+        tokens = model_files.read_json(path, "--init_from")
+        if name == "tokenizer.json":
+            model = tokens.get("model")
+            tokens = model.get("vocab") if isinstance(model, dict) else None
+        if not isinstance(tokens, dict) or not SOME_TOKENS.items() <= tokens.items():
+            remedy = "only a model with the same tokens can be loaded"
+            raise InputError(f"--init_from {path}: its tokens aren't those of GPT-2; {remedy}")
 
 
 def check_sizes(cfg: Any, released: dict[str, Any]) -> None:
@@ -110,17 +139,67 @@ def read_weights(
 
 
 def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
-    """Write config.json and model.safetensors to cfg.export; raises InputError if that fails.
+    """Write config.json, model.safetensors and the tokens to cfg.export.
 
-    config.json also has the end-of-text token or, if the tokens are characters, the characters.
+    If the tokens are characters, config.json has them. Raises InputError if writing fails.
     """
     end_of_text = tokenizer.n_vocab - 1 if tokenizer.name == "gpt2" else None
+    ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     config = {
+        "architectures": [CLASSES[cfg.norm]],
         "model_type": "openai-gpt" if cfg.norm == "post" else "gpt2", "n_layer": cfg.n_layer,
         "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_positions": cfg.block_size,
-        "vocab_size": tokenizer.n_vocab, "bos_token_id": end_of_text, "eos_token_id": end_of_text,
+        "vocab_size": tokenizer.n_vocab, **ends,
     }
+    texts = {}
     if tokenizer.name == "char":
         config["characters"] = "".join(tokenizer.characters)
-    texts = {"config.json": json.dumps(config, indent=2) + "\n"}
+    else:
+        text = tokenizer_json(tokenizer.encoding)
+        texts["tokenizer.json"] = text
+        texts["tokenizer_config.json"] = model_files.tokenizer_config(text, [end_of_text])
+        texts["generation_config.json"] = model_files.dumped(ends)
+    texts["config.json"] = model_files.dumped(config)
     model_files.save_model(Path(cfg.export), texts, weights)
+
+
+def tokenizer_json(encoding: Any) -> str:
+    """Return the tokenizer.json that gives the ids of an encoding of tiktoken, which has none."""
+    # Here, because only this function needs it.
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = [encoding.decode_single_token_bytes(i) for i in range(encoding.eot_token)]
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    letters = byte_letters()
+    merges = [last_merge(token, ranks) for token in tokens if len(token) > 1]
+
+    def spelled(token: bytes) -> str:
+        return "".join(letters[byte] for byte in token)
+
+    end_of_text = encoding.decode([encoding.eot_token])
+    vocabulary = {spelled(token): rank for token, rank in ranks.items()}
+    vocabulary[end_of_text] = encoding.eot_token
+    model = models.BPE(vocabulary, [(spelled(left), spelled(right)) for left, right in merges])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(end_of_text, normalized=False)])
+    return tokenizer.to_str()
+
+
+def byte_letters() -> dict[int, str]:
+    """The letter that stands for each byte in GPT-2's files: itself, or one that can be printed."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable}
+    return letters | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that the last merge makes into a token of two or more bytes."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [left + right for left, right in zip(parts, parts[1:], strict=False)]
+        i = min(range(len(pairs)), key=lambda i: ranks.get(pairs[i], len(ranks)))
+        parts[i : i + 2] = [pairs[i]]
+    return parts[0], parts[1]

@@ -1,8 +1,7 @@
-"""Llama, Mistral and Qwen3 in the folders of transformers: settings, tokenizers and weights."""
+"""Llama, Mistral, Qwen2 and Qwen3 as transformers stores them: settings, tokenizers, weights."""
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 
 from data.flags import NO_LIMIT, InputError
 from support import model_files
-from support.model_files import DTYPES, integer, read_json
+from support.model_files import COMPANIONS, DTYPES, integer, read_json
 
 # Our names for the entries of config.json that are positive integers.
 INTEGERS = {
@@ -24,14 +23,27 @@ INTEGERS = {
 # What an entry means if it isn't there.
 DEFAULTS = {
     "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False,
-    "attention_bias": False, "mlp_bias": False,
+    "attention_bias": False, "mlp_bias": False, "num_key_value_heads": None, "head_dim": None,
+    "use_sliding_window": True, "sliding_window": None,
 }
 # The entries of rope_parameters that have no effect if its type is "default".
 NO_SCALING = {
     "factor": 1.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-KINDS = ["llama", "mistral", "qwen3"]  # by model_type
+# The models that can be loaded, by model_type, and what else an entry means if it isn't there.
+QWEN = {
+    "num_key_value_heads": 32, "max_position_embeddings": 32_768, "use_sliding_window": False,
+    "sliding_window": 4096, "max_window_layers": 28,
+}
+KINDS = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {
+        "num_key_value_heads": 8, "max_position_embeddings": 131_072, "sliding_window": 4096,
+    },
+    "qwen2": QWEN,
+    "qwen3": {**QWEN, "head_dim": 128},
+}
 EMBEDDING = "model.embed_tokens.weight"
 
 
@@ -45,14 +57,14 @@ def find_folder(name: str) -> Path:
     """
     if os.path.isdir(name):
         return Path(name)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+    if not model_files.REPOSITORY.fullmatch(name):
         why = "no such folder, nor the name of a repository, such as HuggingFaceTB/SmolLM2-135M"
         raise InputError(f"--init_from {name}: {why}")
     files = ["config.json", "tokenizer.json"]
-    optional = "generation_config.json"
-    folder = model_files.download(name, name, files, [optional])
-    if not (folder / optional).exists():
-        why = f"no {optional} there or in the cache, so config.json says where a text ends"
+    folder = model_files.download(name, name, files, COMPANIONS)
+    ends = "generation_config.json"
+    if not (folder / ends).exists():
+        why = f"no {ends} there or in the cache, so config.json says where a text ends"
         print(f"notice: {why}", file=sys.stderr)
     return folder
 
@@ -69,18 +81,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     describes a model that isn't like ours.
     """
     path = folder / "config.json"
-    config = {**DEFAULTS, **read_json(path, "--init_from")}
+    config = read_json(path, "--init_from")
+    kind = config.get("model_type")
+    if kind not in list(KINDS):
+        why = f"its model_type is {kind!r}, but only {', '.join(KINDS)} can be loaded"
+        raise InputError(f"--init_from {path}: {why}")
+    config = {**DEFAULTS, **KINDS[kind], **config}
     check_kind(config, path)
-    is_qwen = config["model_type"] == "qwen3"
-    n_head = config.get("num_attention_heads")
-    # What transformers takes if an entry isn't there.
-    n_kv_head = {"llama": n_head, "mistral": 8, "qwen3": 32}[config["model_type"]]
-    config.setdefault("num_key_value_heads", n_kv_head)
-    config.setdefault("head_dim", 128 if is_qwen else None)
-    context = {"llama": 2048, "mistral": 131_072, "qwen3": 32_768}[config["model_type"]]
-    config.setdefault("max_position_embeddings", context)
     if config["num_key_value_heads"] is None:
-        config["num_key_value_heads"] = n_head
+        config["num_key_value_heads"] = config.get("num_attention_heads")
     if config["head_dim"] is None:
         config["head_dim"] = 0
     released = {}
@@ -103,7 +112,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         "folder": folder,
         "block_size": min(released["max_position_embeddings"], 1024),
         **read_rope(config, path),
-        "qk_norm": is_qwen,
+        "qkv_bias": kind == "qwen2",
+        "qk_norm": kind == "qwen3",
         "tie_word_embeddings": config["tie_word_embeddings"],
         "rms_norm_eps": number(config, "rms_norm_eps", path, least=1e-12),
         "dtype_of_files": read_dtype(config, folder),
@@ -114,14 +124,11 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def check_kind(config: dict[str, Any], path: Path) -> None:
     """Raise InputError, naming what it is, if a model has anything that ours doesn't have."""
-    kind = config.get("model_type")
-    if kind not in KINDS:
-        why = f"its model_type is {kind!r}, but only {', '.join(KINDS)} can be loaded"
-        raise InputError(f"--init_from {path}: {why}")
     lacking = []
     if config.get("quantization_config") is not None:
         lacking.append("quantized weights")
-    if config["attention_bias"] is True:
+    # Qwen2 has biases of queries, keys and values, whatever this says; the others, one more.
+    if config["attention_bias"] is True and config["model_type"] != "qwen2":
         lacking.append("biases in attention")
     if config["mlp_bias"] is True:
         lacking.append("biases in the feed-forward network")
@@ -129,17 +136,28 @@ def check_kind(config: dict[str, Any], path: Path) -> None:
         lacking.append(f"the activation {config['hidden_act']!r}")
     if any(config.get(name) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         lacking.append("experts")
-    layer_types = config.get("layer_types") or []
-    if not isinstance(layer_types, list):
-        raise InputError(f"--init_from {path}: its layer_types are {layer_types!r}, not a list")
-    uses_window = config.get("use_sliding_window", kind != "qwen3")
-    window = config.get("sliding_window", 4096 if kind == "mistral" else None)
-    has_window = uses_window and window is not None
-    if has_window or any(layer != "full_attention" for layer in layer_types):
+    if has_windows(config, path):
         lacking.append("sliding windows")
     if lacking:
         why = f"it has {' and '.join(lacking)}, which this model lacks"
         raise InputError(f"--init_from {path}: {why}; choose another model")
+
+
+def has_windows(config: dict[str, Any], path: Path) -> bool:
+    """Whether any layer sees only the newest tokens; raises InputError if that can't be read."""
+    layer_types = config.get("layer_types") or []
+    if not isinstance(layer_types, list):
+        raise InputError(f"--init_from {path}: its layer_types are {layer_types!r}, not a list")
+    if any(layer != "full_attention" for layer in layer_types):
+        return True
+    if not config["use_sliding_window"] or config["sliding_window"] is None:
+        return False
+    if config["model_type"] not in ("qwen2", "qwen3"):
+        return True
+    # The number of the first layer that has a window, if layer_types don't say it.
+    first = integer(config, "max_window_layers", path, "--init_from", least=0)
+    n_layer = integer(config, "num_hidden_layers", path, "--init_from")
+    return first < n_layer and not layer_types
 
 
 def number(config: dict[str, Any], name: str, path: Path, least: float) -> float:
@@ -212,7 +230,8 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
 
     "json": its text. "n_vocab": how many tokens there are; a config.json beside it may have more
     than the file, to make matmuls faster. "end_of_text": the ids of the tokens that end a text, if
-    config.json or generation_config.json name any. Raises InputError, naming flag.
+    config.json or generation_config.json name any. "files": for an export, the texts of those
+    COMPANIONS that are beside it, by their names, if there are any. Raises InputError, naming flag.
     """
     from tokenizers import Tokenizer  # here, because only v11b and later need it
 
@@ -246,7 +265,9 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
                 why = f"its vocab_size is {n_model:,}, but {path.name} has {n_vocab:,} tokens"
                 raise InputError(f"{flag} {beside}: {why}")
             n_vocab = n_model
-    return {"json": text, "n_vocab": n_vocab, "end_of_text": end_of_text}
+    content = {"json": text, "n_vocab": n_vocab, "end_of_text": end_of_text}
+    files = model_files.read_companions(path.parent, flag)
+    return {**content, "files": files} if files else content
 
 
 def encode(tokenizer: Any, text: str, flag: str) -> list[int]:
@@ -280,28 +301,43 @@ def read_weights(
 def write_model(
     cfg: Any, released: dict, weights: dict[str, torch.Tensor], tokenizer: Any
 ) -> None:
-    """Write a model to cfg.export: config.json, model.safetensors and its tokenizer.json.
+    """Write a model to cfg.export: config.json, model.safetensors and the files of its tokenizer.
 
     If the tokens are characters, config.json has them. released: what read_config returned, or
     empty if the model didn't start from released weights. Raises InputError if writing fails.
     """
+    config = model_config(cfg, released, weights, tokenizer)
+    if cfg.qk_norm and cfg.qkv_bias:
+        config["attention_bias"] = True
+        weights = add_output_biases(weights)
+    if tokenizer.name == "char":
+        config["characters"] = "".join(tokenizer.characters)
+        texts = {}
+    else:
+        texts = tokenizer_files(tokenizer, cfg.block_size)
+        if config["model_type"] == "qwen2" and not has_own_class(tokenizer):
+            why = "AutoTokenizer of transformers 5 takes any Qwen2's tokens for Qwen's own"
+            remedy = "load these with PreTrainedTokenizerFast.from_pretrained"
+            print(f"notice: --export {cfg.export}: {why}; {remedy}", file=sys.stderr)
+    texts["config.json"] = model_files.dumped(config)
+    model_files.save_model(Path(cfg.export), texts, weights)
+
+
+def model_config(
+    cfg: Any, released: dict, weights: dict[str, torch.Tensor], tokenizer: Any
+) -> dict[str, Any]:
+    """What config.json says about a model; the arguments are those of write_model."""
+    name, kind = "LlamaForCausalLM", "llama"
+    if cfg.qk_norm:
+        name, kind = "Qwen3ForCausalLM", "qwen3"
+    elif cfg.qkv_bias:
+        name, kind = "Qwen2ForCausalLM", "qwen2"
     context = released.get("max_position_embeddings", cfg.block_size)
-    rope = {"rope_type": "default", "rope_theta": cfg.rope_theta}
-    if cfg.rope_factor != 1:
-        rope["rope_type"] = "llama3"
-        rope["factor"] = cfg.rope_factor
-        rope["low_freq_factor"] = cfg.rope_low_freq_factor
-        rope["high_freq_factor"] = cfg.rope_high_freq_factor
-        rope["original_max_position_embeddings"] = cfg.original_max_position_embeddings
-    end_of_text = list(tokenizer.end_of_text)
-    if len(end_of_text) == 0:
-        end_of_text = None
-    elif len(end_of_text) == 1:
-        end_of_text = end_of_text[0]
+    dtype = str(next(iter(weights.values())).dtype).removeprefix("torch.")
     n_embd = cfg.n_embd
-    config = {
-        "architectures": ["Qwen3ForCausalLM" if cfg.qk_norm else "LlamaForCausalLM"],
-        "model_type": "qwen3" if cfg.qk_norm else "llama",
+    return {
+        "architectures": [name],
+        "model_type": kind,
         "num_hidden_layers": cfg.n_layer,
         "num_attention_heads": cfg.n_head,
         "num_key_value_heads": cfg.n_kv_head,
@@ -311,16 +347,78 @@ def write_model(
         "vocab_size": tokenizer.n_vocab,
         "max_position_embeddings": max(context, cfg.block_size),
         "rms_norm_eps": cfg.rms_norm_eps,
-        "rope_parameters": rope,
+        **rope_config(cfg),
         "tie_word_embeddings": cfg.tie_word_embeddings,
-        "dtype": str(next(iter(weights.values())).dtype).removeprefix("torch."),
+        "dtype": dtype,
+        "torch_dtype": dtype,  # what transformers before version 4.56 calls it
         "bos_token_id": None,
-        "eos_token_id": end_of_text,
+        "eos_token_id": model_files.one_or_more(tokenizer.end_of_text),
     }
-    texts = {}
-    if tokenizer.name == "char":
-        config["characters"] = "".join(tokenizer.characters)
+
+
+def rope_config(cfg: Any) -> dict[str, Any]:
+    """What config.json says about the rotation, once for old and once for new programs.
+
+    transformers before version 5 doesn't know rope_parameters. Without the other two, it takes
+    10,000 and no scaling, and says nothing.
+    """
+    scaling = None
+    if cfg.rope_factor != 1:
+        scaling = {
+            "rope_type": "llama3",
+            "factor": cfg.rope_factor,
+            "low_freq_factor": cfg.rope_low_freq_factor,
+            "high_freq_factor": cfg.rope_high_freq_factor,
+            "original_max_position_embeddings": cfg.original_max_position_embeddings,
+        }
+    parameters = {"rope_theta": cfg.rope_theta, **(scaling or {"rope_type": "default"})}
+    return {
+        "rope_parameters": parameters, "rope_theta": cfg.rope_theta, "rope_scaling": scaling,
+    }
+
+
+def add_output_biases(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights, and a bias of zeros in each output of attention.
+
+    A Qwen3 with biases of queries, keys and values has these, too, so only with them is a model
+    with qk_norm and qkv_bias one that transformers knows.
+    """
+    why = "only a Qwen3 with biases in attention is like this model; v11c itself can't read it back"
+    print(f"notice: --export: {why}", file=sys.stderr)
+    biases = {}
+    for name, weight in weights.items():
+        if name.endswith("o_proj.weight"):
+            biases[name.removesuffix("weight") + "bias"] = weight.new_zeros(len(weight))
+    return {**weights, **biases}
+
+
+def has_own_class(tokenizer: Any) -> bool:
+    """Whether a tokenizer came with a tokenizer_config.json, which names its class."""
+    return "tokenizer_config.json" in tokenizer.content.get("files", {})
+
+
+def tokenizer_files(tokenizer: Any, block_size: int) -> dict[str, str]:
+    """The files of a tokenizer in an export, by their names: those that it came with.
+
+    Only what is no longer true of them is changed. If there are none, they are made.
+    """
+    content = tokenizer.content
+    files = dict(content.get("files", {}))
+    if has_own_class(tokenizer):
+        # Programs that came with the model don't come with the export; a longer context does.
+        config = json.loads(files["tokenizer_config.json"])
+        changes = {"auto_map": None} if "auto_map" in config else {}
+        longest = config.get("model_max_length")
+        if isinstance(longest, (int, float)) and longest < block_size:
+            changes["model_max_length"] = block_size
+        text = model_files.with_changes(files["tokenizer_config.json"], changes)
     else:
-        texts["tokenizer.json"] = tokenizer.content["json"]
-    texts["config.json"] = json.dumps(config, indent=2) + "\n"
-    model_files.save_model(Path(cfg.export), texts, weights)
+        text = model_files.tokenizer_config(content["json"], tokenizer.end_of_text)
+    files["tokenizer_config.json"] = text
+    if tokenizer.end_of_text:
+        ends = {"eos_token_id": model_files.one_or_more(tokenizer.end_of_text)}
+        text = files.get("generation_config.json", "{}")
+        if json.loads(text).get("eos_token_id") is None:
+            files["generation_config.json"] = model_files.with_changes(text, ends)
+    files["tokenizer.json"] = content["json"]
+    return files

@@ -1,7 +1,7 @@
 """Models as transformers stores them: download them, read their weights, export others like them.
 
 A model is a folder. It has config.json with the settings, model.safetensors with the weights (or
-several such files) and, for most models, tokenizer.json.
+several such files) and, for most models, tokenizer.json and its COMPANIONS.
 """
 
 import json
@@ -23,8 +23,15 @@ from data.flags import NO_LIMIT, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 READABLE = [*DTYPES.values(), torch.float64]
+REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*")  # the name of one on the Hugging Face hub
 PART = re.compile(r"model-\d+-of-(\d+)\.safetensors")  # of a model too large for one file
 HEAD = "lm_head.weight"
+# What may be beside a tokenizer.json: the class of the tokenizer and its special tokens, how to
+# generate, and how to put the messages of a chat together.
+COMPANIONS = [
+    "generation_config.json", "tokenizer_config.json", "special_tokens_map.json",
+    "chat_template.jinja",
+]
 # Entries of weight files that aren't weights: masks, position ids, frequencies of rotations.
 BUFFERS = (".attn.bias", ".attn.masked_bias", "position_ids", "rotary_emb.inv_freq")
 
@@ -113,6 +120,27 @@ def read_characters(config: dict[str, Any], path: Path) -> str:
     if not isinstance(characters, str) or list(characters) != sorted(set(characters)):
         raise InputError(f"--init_from {path}: its characters aren't in order, so it is damaged")
     return characters
+
+
+def read_companions(folder: Path, flag: str) -> dict[str, str]:
+    """Return the texts of those COMPANIONS that a folder has, by their names.
+
+    Raises InputError, naming flag, if one of them is damaged.
+    """
+    texts = {}
+    for name in COMPANIONS:
+        path = folder / name
+        if not path.exists():
+            continue
+        if path.suffix == ".json":
+            read_json(path, flag)
+        try:
+            texts[name] = path.read_bytes().decode("utf-8")
+        except OSError as error:
+            raise InputError(f"{flag} {path}: can't read it ({error.strerror})") from None
+        except ValueError as error:
+            raise InputError(f"{flag} {path}: not text in UTF-8 ({error})") from None
+    return texts
 
 
 # ---- reading weights
@@ -258,7 +286,7 @@ def check_export(export: str) -> None:
     folder = Path(export)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        files = ("config.json", "model.safetensors", "tokenizer.json")
+        files = ("config.json", "model.safetensors", "tokenizer.json", *COMPANIONS)
         is_used = any((folder / name).exists() for name in files)
         with TemporaryFile(dir=folder):
             pass  # so it can be written
@@ -294,6 +322,47 @@ def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Ten
     finally:
         unfinished.unlink(missing_ok=True)
     print(f"exported to {folder}", file=sys.stderr)
+
+
+def dumped(content: dict[str, Any]) -> str:
+    """A JSON object as text."""
+    return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+
+
+def with_changes(text: str, changes: dict[str, Any]) -> str:
+    """The text of a JSON object with other values for some names; None removes a name.
+
+    If that changes nothing, the text stays as it is.
+    """
+    content = json.loads(text)
+    for name, value in changes.items():
+        if value is None:
+            del content[name]
+        else:
+            content[name] = value
+    return dumped(content) if changes else text
+
+
+def one_or_more(ids: Sequence[int]) -> None | int | list[int]:
+    """The ids of tokens as configurations have them: None, a number, or a list of several."""
+    return list(ids) if len(ids) > 1 else next(iter(ids), None)
+
+
+def tokenizer_config(text: str, end_of_text: Sequence[int]) -> str:
+    """Return a tokenizer_config.json with which AutoTokenizer does what a tokenizer.json says.
+
+    Without one, it takes the class that is usual for the kind of model, which may split a text in
+    other places, add tokens, or put one before each text. text: that of the tokenizer.json.
+    end_of_text: the ids of the tokens that end a text, of which AutoTokenizer knows only one.
+    """
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    # An ordinary token would become a special one, and be found in the middle of words.
+    added = {token["id"]: token for token in json.loads(text).get("added_tokens") or []}
+    ends = [added[token] for token in end_of_text if token in added]
+    if ends:
+        token = {name: value for name, value in ends[0].items() if name != "id"}
+        config["eos_token"] = {"__type": "AddedToken", **token}
+    return dumped(config)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import http.server
+import os
 import re
 import socket
 import threading
@@ -173,3 +174,42 @@ def test_reading_leaves_other_errors_as_they_are():
         with pytest.raises(type(error)) as caught, corpora.reading(Path("my.txt"), "--data"):
             raise error
         assert caught.value is error
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("", "--data: empty; give the path of a text file"),
+        (
+            "https://example.org/a//b.txt",
+            "--data https://example.org/a//b.txt: an address; download the text and give the path",
+        ),
+    ],
+)
+def test_what_can_not_be_a_file_is_named_as_it_was_typed(name, said):
+    with pytest.raises(data.InputError) as stop:
+        data.load_text(name)
+    assert str(stop.value).startswith(said)
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no such devices here")
+@pytest.mark.parametrize("name", ["/dev/zero", "/dev/urandom", "/dev/null"])
+def test_devices_that_never_end_are_refused(name):
+    with pytest.raises(data.InputError, match=f"^--data {name}: a device, which may never end; "):
+        data.load_text(name)
+
+
+@pytest.mark.skipif(not hasattr(os, "openpty"), reason="no terminals here")
+def test_a_text_can_be_typed_into_a_terminal():
+    ours, theirs = os.openpty()
+    os.write(ours, b"typed\n\x04")
+    assert data.load_text(os.ttyname(theirs)) == "typed\n"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_utf_16_without_a_mark_is_called_what_it_is(tmp_path):
+    path = tmp_path / "utf16.txt"
+    path.write_bytes("a text".encode("utf-16-le"))
+    with pytest.raises(data.InputError, match="a binary file, or text that isn't UTF-8; "):
+        data.load_text(str(path))

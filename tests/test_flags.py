@@ -1,7 +1,10 @@
 """data/flags.py: settings and their flags, --help, devices, and errors in one line."""
 
 import dataclasses
+import shlex
 import signal
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -11,7 +14,7 @@ from conftest import refused, tiny_flags
 import bigram
 import data
 from data import flags, setting
-from lab.ladder import SCRIPTS, load
+from lab.ladder import ROOT, SCRIPTS, load
 
 
 @dataclasses.dataclass
@@ -307,3 +310,33 @@ def test_a_script_refuses_a_bad_flag_before_it_reads_anything(capsys):
     words = [*tiny_flags(bigram), "--data", "missing.txt", "--batch_size", "0"]
     line = refused(bigram, capsys, *words)
     assert line.startswith("error: --batch_size 0")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--sizes", "--size"), ("--raet=1", "--rate"), ("--no-swich", "--no-switch"),
+        ("--knd", "--kind"),
+    ],
+)
+def test_a_mistyped_flag_is_answered_with_the_one_that_was_meant(typed, meant):
+    with pytest.raises(data.InputError) as stop:
+        read(typed)
+    assert f"; did you mean {meant}?; see --help" in str(stop.value)
+
+
+def test_a_flag_unlike_all_others_is_only_refused():
+    with pytest.raises(data.InputError) as stop:
+        read("--zzzzz")
+    assert str(stop.value) == "unrecognized arguments: --zzzzz; see --help"
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "2>&-", "1>&- 2>&-"])
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell's way to close a stream")
+def test_a_closed_stream_does_not_end_a_run(corpus, closed):
+    flags = shlex.join(tiny_flags(bigram, data=corpus))
+    command = f"{shlex.quote(sys.executable)} bigram.py {flags} {closed}"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0
+    assert ("step 0: " in done.stdout) == ("1>&-" not in closed)
+    assert "Traceback" not in done.stderr

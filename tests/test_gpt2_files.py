@@ -5,14 +5,18 @@ should is tested in test_v8d_gpt2_weights.py.
 """
 
 import json
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+import tiktoken
 import torch
 from conftest import refused_input as refused
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as TokenizerFile
 
+import data
 from data import token_files
 from support import gpt2_files, model_files
 
@@ -28,6 +32,17 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(gpt2_files, "N_VOCAB", 97)
 
 
+def ascii_encoding():
+    """97 tokens: 95 characters, one of two, and an end of text."""
+    ranks = {bytes([byte]): i for i, byte in enumerate([10, *range(32, 126)])}
+    ranks[b"he"] = 95
+    special = {"<|endoftext|>": 96}
+    return tiktoken.Encoding("97", pat_str=".+|\n", mergeable_ranks=ranks, special_tokens=special)
+
+
+CORPUS = Path(data.__file__).with_name("tinyshakespeare.txt").read_text(encoding="utf-8")
+
+
 def make_weights():
     """Some of the weights of a model, with the names and shapes of the files."""
     torch.manual_seed(1)
@@ -41,12 +56,23 @@ def make_weights():
 # ---- folders and downloads
 
 
-@pytest.mark.parametrize("name", gpt2_files.RELEASED)
-def test_a_released_model_is_downloaded_from_its_repository(tmp_path, monkeypatch, name):
+@pytest.mark.parametrize(
+    ("name", "repository"),
+    [
+        ("gpt2", "openai-community/gpt2"), ("gpt2-medium", "openai-community/gpt2-medium"),
+        ("gpt2-large", "openai-community/gpt2-large"), ("gpt2-xl", "openai-community/gpt2-xl"),
+        ("distilgpt2", "distilbert/distilgpt2"), ("microsoft/DialoGPT-small",) * 2,
+        ("openai-community/gpt2",) * 2,
+    ],
+)  # fmt: skip
+def test_a_released_model_is_downloaded_from_its_repository(
+    tmp_path, monkeypatch, name, repository
+):
     def download(*args):
-        assert args == (name, f"openai-community/{name}", ["config.json"])
+        assert args == (name, repository, ["config.json"], ["tokenizer.json", "vocab.json"])
         return tmp_path
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(model_files, "download", download)
     assert gpt2_files.find_folder(name) == tmp_path
 
@@ -59,13 +85,15 @@ def test_a_folder_comes_before_a_model_of_the_same_name(tmp_path, monkeypatch):
     assert gpt2_files.find_folder(str(tmp_path)) == tmp_path
 
 
-@pytest.mark.parametrize("name", ["gpt3", "openai-community/gpt2", "model.safetensors"])
+@pytest.mark.parametrize("name", ["gpt3", "a/b/c", "/missing", "owner/a b", "model.safetensors"])
 def test_another_name_is_refused(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(model_files, "download", lambda *_: pytest.fail("no need"))
     (tmp_path / "model.safetensors").write_bytes(b"a file")
     line = refused(gpt2_files.find_folder, name)
-    released = "gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    assert line == f"--init_from {name}: no such folder, and not one of {released}"
+    released = "gpt2, gpt2-medium, gpt2-large, gpt2-xl, distilgpt2"
+    remedy = 'give a folder, one of these, or a repository, "owner/name"'
+    assert line == f"--init_from {name}: no such folder, and not one of {released}; {remedy}"
 
 
 # ---- config.json
@@ -92,6 +120,7 @@ def test_a_configuration_is_read_by_our_names(tmp_path, kind, norm):
         {"activation_function": "gelu_pytorch_tanh", "n_inner": 72, "layer_norm_epsilon": 1e-05},
         {"afn": "gelu", "model_type": "openai-gpt"},
         {"scale_attn_weights": True, "tie_word_embeddings": True, "add_cross_attention": False},
+        {"reorder_and_upcast_attn": True},
     ],
 )
 def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
@@ -122,7 +151,7 @@ def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
         ({"layer_norm_epsilon": "1e-5"}, "its layer_norm_epsilon is '1e-5', but this model has"),
         ({"scale_attn_weights": False}, "its scale_attn_weights is False, but this model has only"),
         ({"scale_attn_by_inverse_layer_idx": True}, "its scale_attn_by_inverse_layer_idx is True,"),
-        ({"reorder_and_upcast_attn": True}, "its reorder_and_upcast_attn is True, but this model "),
+        ({"reorder_and_upcast_attn": 2}, "its reorder_and_upcast_attn is 2, but this model has "),
         ({"add_cross_attention": True}, "its add_cross_attention is True, but this model has only"),
         ({"tie_word_embeddings": False}, "its tie_word_embeddings is False, but this model has"),
         ({"characters": ["a", "b"]}, "its characters aren't in order"),
@@ -203,6 +232,38 @@ def test_the_vocabulary_may_be_characters(tmp_path):
     assert refused(gpt2_files.read_config, tmp_path).startswith(f"--init_from {path}: {said}")
 
 
+def save_tokens(folder: Path, name: str, tokens) -> Path:
+    """Write the file in which a folder has its tokens."""
+    content = {"model": {"vocab": tokens}} if name == "tokenizer.json" else tokens
+    (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    return folder / name
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json"])
+def test_as_many_tokens_of_another_language_are_refused(tmp_path, name):
+    write_config(tmp_path, CONFIG)
+    tokens = {"!": 0, "\u0120the": 262, "ale": 1000, "hello": 31_373, "\u0120gazed": 50_255}
+    save_tokens(tmp_path, name, tokens)
+    assert gpt2_files.read_config(tmp_path)["tokenizer"] == "gpt2"
+    for others in ({**tokens, "\u0120the": 263}, {"o": 262}, {}, [], None):
+        path = save_tokens(tmp_path, name, others)
+        line = refused(gpt2_files.read_config, tmp_path)
+        assert line.startswith(f"--init_from {path}: ")
+        if name == "tokenizer.json" or isinstance(others, dict):
+            assert "its tokens aren't those of GPT-2" in line
+    write_config(tmp_path, CONFIG | {"characters": "\nab", "vocab_size": 3})
+    assert gpt2_files.read_config(tmp_path)["tokenizer"] == "char", "the file doesn't count"
+
+
+@pytest.mark.skipif("TIKTOKEN_CACHE_DIR" not in os.environ, reason="needs GPT-2's files")
+def test_gpt2_has_the_tokens_that_are_compared():
+    encoding = token_files.load_encoding()
+    letters = gpt2_files.byte_letters()
+    for token, rank in gpt2_files.SOME_TOKENS.items():
+        content = encoding.decode_single_token_bytes(rank)
+        assert "".join(letters[byte] for byte in content) == token
+
+
 # ---- model.safetensors
 
 
@@ -269,6 +330,7 @@ class Tokenizer:
     name: str
     n_vocab: int
     characters: str = ""
+    encoding: tiktoken.Encoding = field(default_factory=ascii_encoding)
 
 
 @dataclass
@@ -292,17 +354,44 @@ def write(folder: Path, tokenizer: Tokenizer | None = None, **changes) -> dict:
 
 def test_an_export_has_what_a_folder_of_transformers_has(tmp_path):
     config = write(tmp_path)
-    assert config == CONFIG | {"bos_token_id": 96, "eos_token_id": 96}
-    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    ends = {"bos_token_id": 96, "eos_token_id": 96}
+    assert config == CONFIG | ends | {"architectures": ["GPT2LMHeadModel"]}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "config.json", "model.safetensors", "generation_config.json", "tokenizer.json",
+        "tokenizer_config.json",
+    }  # fmt: skip
     assert_equal(load_file(tmp_path / "model.safetensors"), make_weights())
+    generation = (tmp_path / "generation_config.json").read_text(encoding="utf-8")
+    assert json.loads(generation) == ends
 
 
 def test_an_export_of_gpt1_says_so(tmp_path):
-    assert write(tmp_path, norm="post")["model_type"] == "openai-gpt"
+    config = write(tmp_path, norm="post")
+    assert config["model_type"] == "openai-gpt"
+    assert config["architectures"] == ["OpenAIGPTLMHeadModel"]
+
+
+@pytest.mark.parametrize("by", ["few tokens", "GPT-2"])
+def test_an_export_has_a_tokenizer_that_gives_the_same_ids(tmp_path, by):
+    """tiktoken's files aren't those that other programs read."""
+    text = "The fox, then 12 hens;  don't\n\n wheeze!"
+    encoding = ascii_encoding()
+    if by == "GPT-2":
+        if "TIKTOKEN_CACHE_DIR" not in os.environ:
+            pytest.skip("needs GPT-2's files")
+        encoding = token_files.load_encoding()
+        text = f"{text} Zoë 世界 \U0001f600 \u00a0\u3000\t\r\n x१२ I'LL" + CORPUS[:50_000]
+    write(tmp_path, Tokenizer("gpt2", encoding.n_vocab, encoding=encoding))
+    tokenizer = TokenizerFile.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.encode(text).ids == encoding.encode_ordinary(text)
+    assert tokenizer.decode(encoding.encode_ordinary(text)) == text
+    assert tokenizer.get_vocab_size() == encoding.n_vocab
+    assert tokenizer.encode("<|endoftext|>he").ids[0] == encoding.eot_token
 
 
 def test_an_export_of_characters_has_its_characters_and_no_end_of_text(tmp_path):
     config = write(tmp_path, Tokenizer("char", 4, ["\n", '"', "a", "世"]))
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert config["characters"] == '\n"a世'
     assert (config["vocab_size"], config["bos_token_id"], config["eos_token_id"]) == (4, None, None)
     assert gpt2_files.read_config(tmp_path)["characters"] == '\n"a世'

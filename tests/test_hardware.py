@@ -185,7 +185,46 @@ def test_a_linux_without_glibc_keeps_no_memory(monkeypatch):
     hardware.keep_freed_memory()
 
 
-def test_triton_is_found_if_it_is_installed(monkeypatch):
-    for found, expected in ((object(), True), (None, False)):
-        monkeypatch.setattr(hardware, "find_spec", lambda name, found=found: found)
-        assert hardware.has_triton() is expected
+@pytest.fixture
+def gpu_machine(monkeypatch, tmp_path):
+    """A Linux machine with Triton, a compiler, Python's headers and a GPU."""
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr(hardware.sys, "platform", "linux")
+    monkeypatch.setattr(hardware, "find_spec", lambda name: {"triton": object()}.get(name))
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: {"cc": "/bin/cc"}.get(name))
+    monkeypatch.setattr(hardware.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 0))
+    monkeypatch.delenv("CC", raising=False)
+
+
+def test_a_gpu_machine_with_everything_can_compile(gpu_machine):
+    assert hardware.can_compile()
+
+
+def test_without_triton_a_gpu_machine_can_not_compile(gpu_machine, monkeypatch):
+    monkeypatch.setattr(hardware, "find_spec", lambda name: None)
+    assert not hardware.can_compile()
+
+
+def test_triton_does_not_support_old_gpus(gpu_machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (6, 1))
+    assert not hardware.can_compile()
+
+
+def test_on_linux_triton_needs_a_c_compiler_and_headers(gpu_machine, monkeypatch, tmp_path):
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: {"mycc": "x"}.get(name))
+    assert not hardware.can_compile()
+    monkeypatch.setenv("CC", "mycc")
+    assert hardware.can_compile()
+    (tmp_path / "Python.h").unlink()
+    assert not hardware.can_compile()
+    monkeypatch.setattr(hardware.sys, "platform", "win32")
+    assert hardware.can_compile(), "Triton for Windows brings its own"
+
+
+def test_without_a_gpu_its_capability_is_not_asked_for(gpu_machine, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: pytest.fail("no GPU"))
+    assert hardware.can_compile()
+

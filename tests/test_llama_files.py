@@ -36,13 +36,20 @@ def write_json(path: Path, content) -> Path:
 # ---- folders and downloads
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M"
+COMPANIONS = {
+    "generation_config.json": '{"eos_token_id": 3,\r\n"temperature":0.60}',
+    "tokenizer_config.json": '{"tokenizer_class":"LlamaTokenizer", "model_max_length":  64}\n',
+    "special_tokens_map.json": '{"eos_token": "w1"}',
+    "chat_template.jinja": "{{ messages[0].content }}\r\n世\n",
+}
 
 
 @pytest.mark.parametrize("lost", [True, False])
 def test_lost_end_of_text_tokens_are_noticed(tmp_path, monkeypatch, capsys, lost):
     def download(name, repository, files, optional):
         assert (name, repository) == (REPOSITORY, REPOSITORY)
-        assert [*files, *optional] == ["config.json", "tokenizer.json", "generation_config.json"]
+        assert files == ["config.json", "tokenizer.json"]
+        assert sorted(optional) == sorted(COMPANIONS)
         return tmp_path
 
     if not lost:
@@ -87,8 +94,9 @@ def test_a_configuration_is_read_by_our_names(tmp_path):
         "n_layer": 2, "n_head": 6, "n_kv_head": 3, "n_embd": 18, "head_size": 0,
         "intermediate_size": 40, "vocab_size": 7, "rope_theta": 10_000.0, "rope_factor": 1.0,
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192, "qk_norm": False, "tie_word_embeddings": False,
-        "rms_norm_eps": 1e-6, "dtype_of_files": "bfloat16", "characters": "",
+        "original_max_position_embeddings": 8192, "qkv_bias": False, "qk_norm": False,
+        "tie_word_embeddings": False, "rms_norm_eps": 1e-6, "dtype_of_files": "bfloat16",
+        "characters": "",
         "tokenizer": str(tmp_path), "block_size": 1024, "max_position_embeddings": 2048,
         "folder": tmp_path,
     }  # fmt: skip
@@ -101,12 +109,26 @@ def test_the_tokenizer_has_the_whole_path_of_its_folder(tmp_path, monkeypatch):
     assert llama_files.read_config(Path("."))["tokenizer"] == str(tmp_path.resolve())
 
 
+QWEN2 = {"model_type": "qwen2"}
+MANY_HEADS = {"num_attention_heads": 64, "hidden_size": 128, "num_key_value_heads": None}
+WINDOWS = {"model_type": "qwen2", "max_window_layers": 1}  # from the second of two layers on
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"model_type": "qwen3"}, {"qk_norm": True, "head_size": 128}),
+        ({"model_type": "qwen3"}, {"qk_norm": True, "qkv_bias": False, "head_size": 128}),
         ({"model_type": "qwen3", "head_dim": 8}, {"qk_norm": True, "head_size": 8}),
         ({"model_type": "mistral", "sliding_window": "null"}, {"qk_norm": False}),
+        ({"model_type": "qwen2"}, {"qkv_bias": True, "qk_norm": False, "head_size": 0}),
+        ({"model_type": "qwen2", "head_dim": 8}, {"qkv_bias": True, "head_size": 8}),
+        ({"model_type": "qwen2", "attention_bias": False}, {"qkv_bias": True}),
+        ({"model_type": "qwen2", "attention_bias": True}, {"qkv_bias": True}),
+        ({"model_type": "qwen2"}, {"rms_norm_eps": 1e-6, "max_position_embeddings": 32_768}),
+        ({"model_type": "qwen2", "num_key_value_heads": "null"}, {"n_kv_head": 6}),
+        ({"model_type": "qwen2", **MANY_HEADS}, {"n_kv_head": 32}),
+        ({"model_type": "qwen3", **MANY_HEADS}, {"n_kv_head": 32}),
+        ({"model_type": "mistral", "sliding_window": "null", **MANY_HEADS}, {"n_kv_head": 8}),
         ({"head_dim": 8}, {"head_size": 8}),
         ({"head_dim": "null"}, {"head_size": 0}),
         ({"num_key_value_heads": None}, {"n_kv_head": 6}),
@@ -119,8 +141,13 @@ def test_the_tokenizer_has_the_whole_path_of_its_folder(tmp_path, monkeypatch):
         ({"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}, {}),
         ({"quantization_config": "null", "pretraining_tp": 1, "use_cache": True}, {}),
         ({"num_experts": 0, "layer_types": ["full_attention", "full_attention"]}, {}),
-        ({"model_type": "qwen3", "use_sliding_window": False, "sliding_window": 4096}, {}),
+        ({"use_sliding_window": False, "sliding_window": 4096, **QWEN2}, {}),
         ({"model_type": "qwen3", "sliding_window": 4096}, {}),
+        ({"sliding_window": 4096, "max_window_layers": 1, **QWEN2}, {}),
+        ({"use_sliding_window": True, "max_window_layers": 2, **QWEN2}, {}),
+        ({"use_sliding_window": True, "model_type": "qwen3"}, {}),
+        ({"use_sliding_window": True, "sliding_window": "null", **WINDOWS}, {}),
+        ({"use_sliding_window": True, "layer_types": ["full_attention"] * 2, **WINDOWS}, {}),
     ],
 )
 def test_what_an_entry_means_if_it_is_there_or_not(tmp_path, changes, expected):
@@ -179,7 +206,11 @@ def test_the_dtype_may_have_either_name_or_none(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"model_type": "gpt2"}, "its model_type is 'gpt2', but only llama, mistral, qwen3 can "),
+        (
+            {"model_type": "gpt2"},
+            "its model_type is 'gpt2', but only llama, mistral, qwen2, qwen3 can be loaded",
+        ),
+        ({"model_type": "qwen2_moe"}, "its model_type is 'qwen2_moe', "),
         ({"model_type": "qwen3_moe"}, "its model_type is 'qwen3_moe', "),
         ({"model_type": "mixtral"}, "its model_type is 'mixtral', "),
         ({"model_type": None}, "its model_type is None, "),
@@ -193,10 +224,23 @@ def test_the_dtype_may_have_either_name_or_none(tmp_path, dtype):
         ({"partial_rotary_factor": 0.5}, "it rotates only a part of each head, "),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "it rotates only a part of each "),
         ({"model_type": "mistral", "sliding_window": 4096}, "it has sliding windows, "),
+        ({"model_type": "mistral", "max_window_layers": 28}, "it has sliding windows, "),
+        ({"use_sliding_window": True, "sliding_window": 9, **WINDOWS}, "it has sliding windows, "),
+        ({"use_sliding_window": True, **WINDOWS}, "it has sliding windows, "),
         (
-            {"model_type": "qwen3", "use_sliding_window": True, "sliding_window": 9},
+            {**WINDOWS, "model_type": "qwen3", "use_sliding_window": True},
             "it has sliding windows, ",
         ),
+        ({"use_sliding_window": True, **WINDOWS, "max_window_layers": 0}, "it has sliding windows"),
+        (
+            {"use_sliding_window": True, **WINDOWS, "max_window_layers": "1"},
+            "its max_window_layers is '1', not an integer from 0 to ",
+        ),
+        (
+            {"model_type": "qwen2", "layer_types": ["full_attention", "sliding_attention"]},
+            "it has sliding windows, ",
+        ),
+        ({"sliding_window": 9}, "it has sliding windows, "),
         (
             {"model_type": "qwen3", "layer_types": ["full_attention", "sliding_attention"]},
             "it has sliding windows, ",
@@ -205,6 +249,8 @@ def test_the_dtype_may_have_either_name_or_none(tmp_path, dtype):
         ({"num_local_experts": 8}, "it has experts, "),
         ({"n_routed_experts": 8}, "it has experts, "),
         ({"attention_bias": True}, "it has biases in attention, "),
+        ({"attention_bias": True, "model_type": "qwen3"}, "it has biases in attention, "),
+        ({"mlp_bias": True, "model_type": "qwen2"}, "it has biases in the feed-forward network, "),
         ({"mlp_bias": True}, "it has biases in the feed-forward network, "),
         ({"hidden_act": "gelu"}, "it has the activation 'gelu', "),
         ({"quantization_config": {"bits": 4}}, "it has quantized weights, "),
@@ -324,6 +370,36 @@ def test_a_tokenizer_is_read_with_what_lies_beside_it(tmp_path, by_folder, vocab
     assert llama_files.read_tokenizer(tmp_path if by_folder else path, "--tokenizer") == expected
 
 
+def save_companions(folder: Path) -> None:
+    """Write what may be beside a tokenizer.json."""
+    for name, text in COMPANIONS.items():
+        (folder / name).write_bytes(text.encode("utf-8"))
+
+
+@pytest.mark.parametrize("by_folder", [True, False])
+def test_a_tokenizer_brings_its_companions_word_for_word(tmp_path, by_folder):
+    path = save_tokenizer(tmp_path)
+    save_companions(tmp_path)
+    (tmp_path / "README.md").touch()
+    content = llama_files.read_tokenizer(tmp_path if by_folder else path, "--tokenizer")
+    assert content["files"] == COMPANIONS
+    assert content["end_of_text"] == [3]
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+)
+def test_a_damaged_companion_is_refused_before_any_work(tmp_path, name):
+    save_tokenizer(tmp_path)
+    (tmp_path / name).write_bytes(b"\xff")
+    line = refused(llama_files.read_tokenizer, tmp_path, "--tokenizer")
+    assert line.startswith(f"--tokenizer {tmp_path / name}: not ")
+    (tmp_path / name).unlink()
+    (tmp_path / name).mkdir()
+    line = refused(llama_files.read_tokenizer, tmp_path, "--tokenizer")
+    assert line.startswith(f"--tokenizer {tmp_path / name}: can't read it (")
+
+
 def test_a_tokenizer_may_have_another_name(tmp_path):
     path = save_tokenizer(tmp_path).rename(tmp_path / "words.json")
     assert llama_files.read_tokenizer(path, "--tokenizer")["n_vocab"] == 5
@@ -374,6 +450,7 @@ class Config:
     n_embd: int = 18
     head_size: int = 0
     block_size: int = 64
+    qkv_bias: bool = False
     qk_norm: bool = False
     tie_word_embeddings: bool = False
     rms_norm_eps: float = 1e-5
@@ -406,15 +483,15 @@ def write(
 
 def test_an_export_has_what_a_folder_of_transformers_has(tmp_path):
     config = write(tmp_path)
-    names = {"config.json", "model.safetensors", "tokenizer.json"}
+    names = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in tmp_path.iterdir()} == names
     assert config == {
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "num_hidden_layers": 2,
         "num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 18, "head_dim": 3,
         "intermediate_size": 5, "vocab_size": 7, "max_position_embeddings": 64,
         "rms_norm_eps": 1e-5, "rope_parameters": {"rope_type": "default", "rope_theta": 7e5},
-        "tie_word_embeddings": False, "dtype": "float32", "bos_token_id": None,
-        "eos_token_id": None,
+        "rope_theta": 7e5, "rope_scaling": None, "tie_word_embeddings": False, "dtype": "float32",
+        "torch_dtype": "float32", "bos_token_id": None, "eos_token_id": None,
     }  # fmt: skip
     assert_equal(load_file(tmp_path / "model.safetensors"), make_weights())
     text = (tmp_path / "tokenizer.json").read_text(encoding="utf-8")
@@ -425,11 +502,18 @@ def test_an_export_has_what_a_folder_of_transformers_has(tmp_path):
     ("changes", "expected"),
     [
         ({"qk_norm": True}, {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3"}),
+        ({"qkv_bias": True}, {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}),
         ({"head_size": 8}, {"head_dim": 8}),
         ({"tie_word_embeddings": True}, {"tie_word_embeddings": True}),
-        ({"rope_factor": 8.0}, {"rope_parameters": {**LLAMA3, "rope_theta": 7e5}}),
+        (
+            {"rope_factor": 8.0},
+            {
+                "rope_parameters": {**LLAMA3, "rope_theta": 7e5}, "rope_theta": 7e5,
+                "rope_scaling": LLAMA3,
+            },
+        ),
     ],
-)
+)  # fmt: skip
 def test_an_export_has_the_settings_of_its_model(tmp_path, changes, expected):
     assert write(tmp_path, **changes).items() >= expected.items()
     released = llama_files.read_config(tmp_path)
@@ -437,6 +521,18 @@ def test_an_export_has_the_settings_of_its_model(tmp_path, changes, expected):
     for name in set(cfg) - {"export", "block_size"}:
         if cfg["rope_factor"] != 1 or not name.startswith(("rope_low", "rope_high", "original")):
             assert released[name] == cfg[name], name
+
+
+@pytest.mark.parametrize("rope_factor", [1.0, 8.0])
+@pytest.mark.parametrize("removed", [["rope_parameters"], ["rope_theta", "rope_scaling"]])
+def test_an_export_says_it_once_for_old_and_once_for_new_programs(tmp_path, removed, rope_factor):
+    config = write(tmp_path, rope_factor=rope_factor)
+    expected = llama_files.read_config(tmp_path)
+    assert (expected["rope_theta"], expected["rope_factor"]) == (7e5, rope_factor)
+    for name in removed:
+        del config[name]
+    write_json(tmp_path / "config.json", config)
+    assert llama_files.read_config(tmp_path) == expected
 
 
 @pytest.mark.parametrize(
@@ -455,6 +551,67 @@ def test_an_export_is_reported_when_it_is_complete(tmp_path, capsys):
 @pytest.mark.parametrize(("ids", "expected"), [([], None), ([3], 3), ([3, 5], [3, 5])])
 def test_an_export_says_which_tokens_end_a_text(tmp_path, ids, expected):
     assert write(tmp_path, FakeTokenizer(end_of_text=ids))["eos_token_id"] == expected
+
+
+@pytest.mark.parametrize(
+    ("stored", "ids", "expected"),
+    [
+        (None, [], None),
+        (None, [3], {"eos_token_id": 3}),
+        (None, [3, 5], {"eos_token_id": [3, 5]}),
+        ({"top_p": 0.5}, [3], {"top_p": 0.5, "eos_token_id": 3}),
+        ({"eos_token_id": None}, [3], {"eos_token_id": 3}),
+        ({"eos_token_id": [4, 3]}, [4, 3], {"eos_token_id": [4, 3]}),
+        ({"top_p": 0.5}, [], {"top_p": 0.5}),
+    ],
+)  # fmt: skip
+def test_an_export_also_says_it_where_transformers_looks_first(tmp_path, stored, ids, expected):
+    files = {} if stored is None else {"generation_config.json": json.dumps(stored)}
+    write(tmp_path, FakeTokenizer(end_of_text=ids, content={"json": "{}", "files": files}))
+    path = tmp_path / "generation_config.json"
+    assert (json.loads(path.read_text(encoding="utf-8")) if path.exists() else None) == expected
+
+
+def test_an_export_has_the_files_that_its_tokenizer_came_with(tmp_path):
+    """Word for word, as long as all they say is true."""
+    tokenizer = FakeTokenizer(end_of_text=[3], content={"json": "{}", "files": dict(COMPANIONS)})
+    write(tmp_path, tokenizer)
+    for name, text in COMPANIONS.items():
+        assert (tmp_path / name).read_bytes().decode("utf-8") == text
+    assert tokenizer.content["files"] == COMPANIONS, "as it was"
+
+
+@pytest.mark.parametrize(
+    ("change", "block_size", "expected"),
+    [
+        ({}, 65, {"model_max_length": 65}),
+        ({"model_max_length": 1e30}, 65, {"model_max_length": 1e30}),
+        ({"model_max_length": None}, 65, {"model_max_length": None}),
+        ({"auto_map": {"AutoTokenizer": ["mine.Words", None]}}, 64, {}),
+    ],
+)
+def test_what_is_no_longer_true_of_those_files_is_changed(tmp_path, change, block_size, expected):
+    old = {**json.loads(COMPANIONS["tokenizer_config.json"]), "chat_template": "世", **change}
+    files = {"tokenizer_config.json": json.dumps(old)}
+    tokenizer = FakeTokenizer(content={"json": "{}", "files": files})
+    write(tmp_path, tokenizer, block_size=block_size)
+    new = json.loads((tmp_path / "tokenizer_config.json").read_text(encoding="utf-8"))
+    del old["model_max_length"]
+    old.pop("auto_map", None)
+    assert new == {"model_max_length": 64, **old, **expected}
+
+
+def test_a_qwen2_with_other_tokens_than_qwen_is_noticed(tmp_path, capsys):
+    files = {"tokenizer_config.json": '{"tokenizer_class": "Qwen2Tokenizer"}'}
+    for name, content, said in (
+        ("own", {"json": "{}"}, True), ("qwen", {"json": "{}", "files": files}, False)
+    ):  # fmt: skip
+        (tmp_path / name).mkdir()
+        write(tmp_path / name, FakeTokenizer(content=content), qkv_bias=True)
+        assert capsys.readouterr().err.startswith("notice: --export ") == said
+    (tmp_path / "llama").mkdir()
+    write(tmp_path / "llama", FakeTokenizer(content={"json": "{}"}))
+    assert "notice" not in capsys.readouterr().err
 
 
 def test_an_export_of_characters_has_its_characters_instead_of_a_tokenizer(tmp_path):

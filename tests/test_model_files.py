@@ -517,6 +517,42 @@ def test_other_flags_go_with_released_weights(cfg):
 # ---- exports
 
 
+END = {
+    "id": 5, "content": "<end>", "single_word": False, "lstrip": True, "rstrip": False,
+    "normalized": False, "special": True,
+}  # fmt: skip
+OTHER = {**END, "id": 6, "content": "<other>", "lstrip": False}
+
+
+@pytest.mark.parametrize(
+    ("added", "ids", "expected"),
+    [
+        ([END, OTHER], [5], END), ([END, OTHER], [6, 5], OTHER), ([OTHER, END], [2, 5], END),
+        ([END], [], None), ([END], [2], None), ([], [5], None), (None, [5], None),
+    ],
+)  # fmt: skip
+def test_an_end_of_text_is_named_as_the_tokenizer_has_it(added, ids, expected):
+    """And not at all if it is an ordinary token."""
+    text = json.dumps({"added_tokens": added})
+    config = json.loads(model_files.tokenizer_config(text, ids))
+    if expected is not None:
+        expected = {"__type": "AddedToken", **expected}
+        del expected["id"]
+    assert config.pop("eos_token", None) == expected
+    assert config == {
+        "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False
+    }  # fmt: skip
+
+
+def test_only_changes_rewrite_a_text():
+    text = '{"a":1, "b":   "世", "c": null}'
+    assert model_files.with_changes(text, {}) == text
+    assert json.loads(model_files.with_changes(text, {"a": None, "d": 2})) == {
+        "b": "世", "c": None, "d": 2
+    }  # fmt: skip
+    assert "世" in model_files.with_changes(text, {"a": None})
+
+
 def write(folder: Path) -> None:
     """Export some weights, with a configuration."""
     model_files.save_model(folder, {"config.json": "{}"}, make_weights())
@@ -568,7 +604,9 @@ def test_files_beside_an_export_stay_as_they_were(tmp_path, name):
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
 
 
-@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model.safetensors", "tokenizer.json", *model_files.COMPANIONS]
+)
 def test_a_model_is_never_replaced(tmp_path, name):
     (tmp_path / name).write_text("mine", encoding="utf-8")
     line = refused_input(model_files.check_export, tmp_path)

@@ -116,3 +116,11 @@ def test_without_gpt2s_files_nothing_is_written(tmp_path, corpus, monkeypatch, c
     line = refused(prepare, capsys, corpus, "--out", tmp_path / "new.bin")
     assert line.startswith("error: can't load GPT-2's tokenizer (no network); set TIKTOKEN_CACHE_")
     assert list(tmp_path.iterdir()) == [corpus]
+
+
+def test_an_empty_text_is_refused(tmp_path, capsys):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("", encoding="utf-8")
+    line = refused(prepare, capsys, empty, "--out", tmp_path / "a.bin")
+    assert line == f"error: TEXT {empty}: the file is empty; give a text"
+    assert {file.name for file in tmp_path.iterdir()} == {"empty.txt"}

@@ -1,6 +1,7 @@
 """support/runs.py: folders of runs, one run at a time, what they write, and Ctrl-C."""
 
 import dataclasses
+import errno
 import json
 import os
 import signal
@@ -414,3 +415,63 @@ def test_only_the_script_that_is_made_for_torchrun_works_with_it():
         )
         assert (done.returncode, done.stdout) == (2, shown)
         assert done.stderr.startswith("error: torchrun: only v8e_distributed.py can share its work")
+
+
+# ---- file systems without locks, and large checkpoints
+
+
+def test_without_locks_a_run_goes_on_with_a_notice(tmp_path, monkeypatch, capsys):
+    def fail(lock, timeout):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", fail)
+    run = make_run(tmp_path)
+    with run:
+        run.save(state_after(3), 3.5, 4.0)
+    assert "notice: this file system has no locks, so nothing keeps" in capsys.readouterr().err
+    assert checkpoints.read_checkpoint(tmp_path / "latest.pt")["step"] == 3
+
+
+def test_a_lock_that_may_not_be_made_is_an_error(tmp_path, monkeypatch):
+    def fail(lock, timeout):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(runs.FileLock, "acquire", fail)
+    with pytest.raises(data.InputError, match="can't write there"), make_run(tmp_path):
+        pass
+
+
+def test_a_large_checkpoint_is_announced_once(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(runs, "LARGE", 1000)
+    run = make_run(tmp_path)
+    with run:
+        for step in range(3):
+            run.save(state_after(step), 3.5, 4.0 - step)
+    notices = [line for line in capsys.readouterr().err.splitlines() if "notice" in line]
+    assert notices == [
+        f"notice: {tmp_path / name} takes 0.0 GB of the disk" for name in ("best.pt", "latest.pt")
+    ]
+    monkeypatch.setattr(runs, "LARGE", 10**9)
+    with make_run(tmp_path / "other") as _:
+        pass
+    assert "notice" not in capsys.readouterr().err
+
+
+def test_the_writer_of_a_checkpoint_without_a_setting_is_named(tmp_path, monkeypatch):
+    saved_run(tmp_path)
+    monkeypatch.chdir(ROOT)
+    for mode in ("--resume", "--sample_only"):
+        with pytest.raises(data.InputError) as stop:
+            runs.read_settings(Config, "", [mode, "--out_dir", str(tmp_path)], ["n_kv_head"])
+        name = "latest.pt" if mode == "--resume" else "best.pt"
+        writer = Path("part2_training", "v6d_checkpoints.py")
+        why = f"written by {writer}, whose model has no n_kv_head; use that script"
+        assert str(stop.value) == f"{tmp_path / name}: {why}"
+
+
+def test_the_best_weights_are_kept_without_averages(tmp_path):
+    run = make_run(tmp_path)
+    with run:
+        run.save({**state_after(3), "optimizer": {0: {"step": torch.tensor(3.0)}}}, 3.5, 4.0)
+    assert checkpoints.read_checkpoint(tmp_path / "best.pt")["optimizer"] == {}
+    assert len(checkpoints.read_checkpoint(tmp_path / "latest.pt")["optimizer"]) == 1

@@ -187,3 +187,28 @@ def test_tokens_per_second_count_neither_loss_estimates_nor_the_first_step(
     lines = re.findall(r"^step (\d+):.* val loss 1\.0000(?:, (.*) tokens/s)?$", out, re.MULTILINE)
     assert {int(step): speed for step, speed in lines} == expected
     assert len(steps) == max_iters
+
+
+def speeds_and_notices(gpu, capsys, device, *seconds):
+    """What a stopwatch says about intervals of one step each, after the first step."""
+    watch = stopwatch.Stopwatch(device)
+    run_steps(gpu, watch, 5.0)
+    for time_of_step in seconds:
+        watch.start()
+        run_steps(gpu, watch, time_of_step)
+        watch.stop()
+    return [line for line in capsys.readouterr().err.splitlines() if line.startswith("notice: ")]
+
+
+def test_a_run_that_becomes_much_slower_says_so_once(gpu, capsys):
+    [line] = speeds_and_notices(gpu, capsys, "cpu", 1.0, 2.9, 4.0, 9.0, 1.0, 9.0)
+    assert line.startswith("notice: training has become 4 times slower; ")
+    assert "OMP_NUM_THREADS=1" in line
+
+
+def test_a_run_that_keeps_its_speed_says_nothing(gpu, capsys):
+    assert speeds_and_notices(gpu, capsys, "cpu", 1.0, 2.9, 0.97, 2.8) == []
+
+
+def test_a_slow_gpu_is_not_a_matter_of_threads(gpu, capsys):
+    assert speeds_and_notices(gpu, capsys, "cuda", 1.0, 9.0) == []

@@ -537,3 +537,55 @@ def test_an_unknown_character_in_val_data_names_its_flag(tmp_path, corpus):
     other.write_text("Über " * 40, encoding="utf-8")
     with pytest.raises(data.InputError, match="^--val_data: the model's alphabet has no 'Ü'"):
         splits_of("char", data=str(corpus), val_data=str(other))
+
+
+# ---- what testers found
+
+
+def test_an_id_that_no_token_has_is_refused_though_the_checksum_fits(tmp_path):
+    path = tmp_path / "odd.bin"
+    np.array([5, 60_000, 7], dtype="<u2").tofile(path)
+    described = {"n_tokens": 3, "sha256": token_files.checksum_of(path)}
+    token_files.write_side_file(path, described, "--data")
+    with pytest.raises(data.InputError, match="^--data .*odd.bin: 60000 isn't the id of a token"):
+        token_files.load_tokens(str(path))
+
+
+def test_a_deeply_nested_side_file_is_refused(bin_file):
+    Path(f"{bin_file}.json").write_text("[" * 100_000, encoding="utf-8")
+    with pytest.raises(data.InputError, match=r"prepared.bin: can't read prepared.bin.json \("):
+        token_files.load_tokens(str(bin_file))
+
+
+def test_what_killed_programs_left_behind_is_removed(tmp_path, corpus, bpe):
+    path = tmp_path / "new.bin"
+    old, young = tmp_path / "new.bin.1.unfinished", tmp_path / "new.bin.2.unfinished"
+    for unfinished in (old, young):
+        unfinished.write_bytes(b"half")
+    os.utime(old, (1, 1))
+    token_files.write_token_file(path, [corpus], "--out", "TEXT")
+    assert not old.exists()
+    assert young.exists(), "another program may be writing it"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux's names of open files")
+def test_no_file_is_written_beside_a_device(corpus, bpe):
+    """As /dev/stdin is, if a shell redirects it from a file."""
+    with corpus.open("rb") as file:
+        name = f"/proc/self/fd/{file.fileno()}"
+        assert as_list(token_files.load_tokens(name)) == bpe.encode_ordinary(TEXT)
+    assert names_in(corpus.parent) == {corpus.name}
+
+
+def test_a_device_is_not_encoded(bpe, tmp_path):
+    with pytest.raises(data.InputError, match="^TEXT /dev/zero: a device, "):
+        token_files.write_token_file(tmp_path / "a.bin", [Path("/dev/zero")], "--out", "TEXT")
+
+
+def test_a_folder_that_may_not_be_written_is_named(tmp_path, corpus, bpe, monkeypatch):
+    def unlink(path, missing_ok=False):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", unlink)
+    with pytest.raises(data.InputError, match=r"^--out .*a.bin: can't write there \(Permission"):
+        token_files.write_token_file(tmp_path / "a.bin", [corpus], "--out", "TEXT")

@@ -1,4 +1,4 @@
-"""v11c_llama_weights.py: Llama and Qwen3 in and out, compared with transformers, and fine-tuning.
+"""v11c_llama_weights.py: Llama and Qwen in and out, compared with transformers, and fine-tuning.
 
 How the files of models are found, read and refused is tested in test_llama_files.py and
 test_model_files.py.
@@ -6,6 +6,7 @@ test_model_files.py.
 
 import json
 import logging
+import os
 import re
 import shutil
 import warnings
@@ -18,14 +19,19 @@ import torch
 from conftest import TEXT, refused, tiny_flags
 from safetensors.torch import load_file
 from test_v11b_tokenizer import byte_level
+from tokenizers import AddedToken
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -37,6 +43,7 @@ from support import hardware, llama_files, model_files
 
 KINDS = {
     "llama": (LlamaConfig, LlamaForCausalLM),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "mistral": (MistralConfig, MistralForCausalLM),
 }
@@ -61,6 +68,10 @@ CASES = [
     ("llama", True, 3, 12, LLAMA3, SHARDS),
     ("llama", False, 1, 12, LLAMA3, ONE_FILE),
     ("llama", False, 3, 8, DEFAULT, SHARDS),
+    ("qwen2", True, 1, 8, LLAMA3, SHARDS),
+    ("qwen2", True, 3, 12, DEFAULT, ONE_FILE),
+    ("qwen2", False, 1, 12, DEFAULT, SHARDS),
+    ("qwen2", False, 3, 8, LLAMA3, ONE_FILE),
     ("qwen3", True, 1, 12, DEFAULT, SHARDS),
     ("qwen3", True, 3, 8, LLAMA3, ONE_FILE),
     ("qwen3", False, 1, 8, LLAMA3, SHARDS),
@@ -75,9 +86,9 @@ def make_reference(kind: str, **changes):
         changes["sliding_window"] = None
     torch.manual_seed(2)
     made = model(config(**SIZES | changes))
-    for parameter in made.parameters():
-        is_norm = parameter.ndim == 1
-        torch.nn.init.normal_(parameter, mean=1.0 if is_norm else 0.0, std=0.2)
+    for name, parameter in made.named_parameters():
+        std = 0.15 if name.endswith("bias") else 0.2  # larger biases would hide what is read
+        torch.nn.init.normal_(parameter, mean=1.0 if "norm" in name else 0.0, std=std)
     return made.eval()
 
 
@@ -215,6 +226,22 @@ def test_a_mistral_without_sliding_windows_is_a_llama(tmp_path, head_dim):
     assert largest_difference(load(tmp_path)(idx)[0], theirs(idx).logits) < 1e-4
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3"])
+def test_windows_that_no_layer_uses_change_nothing(tmp_path, kind):
+    windows = {"use_sliding_window": True, "sliding_window": 4}
+    theirs = make_reference(kind, max_window_layers=2, **windows)
+    save(theirs, tmp_path)
+    idx = torch.randint(N_VOCAB, (2, 60))
+    expected = theirs(idx).logits
+    assert largest_difference(load(tmp_path)(idx)[0], expected) < 1e-4
+    used = make_reference(kind, max_window_layers=1, **windows)
+    assert largest_difference(used(idx).logits, expected) > 1e-2
+    save(used, tmp_path)
+    with pytest.raises(data.InputError, match="it has sliding windows"):
+        settings(tmp_path)
+
+
 def test_losses_equal_those_of_transformers(released):
     folder, theirs = released
     idx = torch.randint(N_VOCAB, (3, 24))
@@ -246,7 +273,7 @@ def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
     assert len(set(text[0, 9:].tolist())) > 9, "not the same few tokens for ever"
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 def test_a_released_model_just_generates(tmp_path, capsys, monkeypatch, kind):
     """It needs no corpus, writes nothing, and ends where transformers ends."""
     folder, here = tmp_path / "model", tmp_path / "here"
@@ -292,6 +319,14 @@ QWEN3_600M = {
     "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False,
     "attention_bias": False, "vocab_size": 151936,
 }  # fmt: skip
+QWEN2_500M = {
+    "model_type": "qwen2", "attention_dropout": 0.0, "hidden_act": "silu", "hidden_size": 896,
+    "intermediate_size": 4864, "max_position_embeddings": 32768, "max_window_layers": 24,
+    "num_attention_heads": 14, "num_hidden_layers": 24, "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06, "rope_theta": 1000000.0, "sliding_window": 32768,
+    "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_sliding_window": False,
+    "vocab_size": 151936,
+}  # fmt: skip
 LLAMA_1B = {
     "model_type": "llama", "head_dim": 64, "hidden_act": "silu", "hidden_size": 2048,
     "intermediate_size": 8192, "max_position_embeddings": 131072, "num_attention_heads": 32,
@@ -305,8 +340,11 @@ LLAMA_1B = {
 
 @pytest.mark.parametrize(
     ("config", "n_parameters"),
-    [(SMOLLM2_135M, 134_515_008), (QWEN3_600M, 596_049_920), (LLAMA_1B, 1_235_814_400)],
-    ids=["SmolLM2-135M", "Qwen3-0.6B", "Llama-3.2-1B"],
+    [
+        (SMOLLM2_135M, 134_515_008), (QWEN2_500M, 494_032_768), (QWEN3_600M, 596_049_920),
+        (LLAMA_1B, 1_235_814_400),
+    ],
+    ids=["SmolLM2-135M", "Qwen2.5-0.5B", "Qwen3-0.6B", "Llama-3.2-1B"],
 )
 def test_released_models_have_as_many_parameters(tmp_path, config, n_parameters):
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
@@ -322,7 +360,7 @@ def test_released_models_have_as_many_parameters(tmp_path, config, n_parameters)
 # ---- memory and dtypes
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_released_weights_are_the_parameters_themselves(kind, tied, tmp_path):
     theirs = make_reference(kind, tie_word_embeddings=tied)
@@ -450,6 +488,7 @@ def test_an_exported_model_is_the_same_in_transformers_and_here(released, tmp_pa
     export = tmp_path / "new" / "export"
     output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
     names = {"config.json", "model.safetensors", "tokenizer.json"}
+    names |= {"tokenizer_config.json", "generation_config.json"}
     assert {path.name for path in export.iterdir()} == names
     again = load_in_transformers(export)
     assert type(again) is type(theirs)
@@ -465,8 +504,125 @@ def test_an_exported_model_is_the_same_in_transformers_and_here(released, tmp_pa
     assert llama_files.read_config(export) == {
         **llama_files.read_config(folder), "tokenizer": str(export), "folder": export
     }  # fmt: skip
-    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(export / "tokenizer.json"))
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(export)
     assert tokenizer.encode(TEXT) == byte_level().encode(TEXT).ids
+
+
+@torch.no_grad()
+def test_an_export_is_the_same_for_programs_that_read_only_old_entries(released, tmp_path, capsys):
+    """As transformers before version 5, which doesn't know rope_parameters, and says nothing."""
+    folder, theirs = released
+    export = tmp_path / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    del config["rope_parameters"], config["dtype"]
+    (export / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    idx = torch.randint(N_VOCAB, (2, 60))
+    assert largest_difference(load_in_transformers(export)(idx).logits, theirs(idx).logits) < 1e-4
+    del config["rope_theta"], config["rope_scaling"]
+    (export / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    logits = load_in_transformers(export)(idx).logits
+    assert largest_difference(logits, theirs(idx).logits) > 1e-2, "the entries matter"
+
+
+def same_in_auto_tokenizer(folder: Path, tokenizer, text: str):
+    """AutoTokenizer of a folder, which gives the ids of a tokenizer and has no other tokens."""
+    theirs = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.encode(text).ids
+    assert theirs.encode(text) == ids
+    assert len(theirs) == tokenizer.get_vocab_size()
+    assert theirs.decode(ids, skip_special_tokens=True) == tokenizer.decode(ids)
+    return theirs
+
+
+@pytest.mark.parametrize("sizes", [[], ["--qk_norm"]], ids=["llama", "qwen3"])
+@pytest.mark.parametrize("end", ["special", "lstrip", "a word", "none"])
+def test_auto_tokenizer_takes_a_tokenizer_of_ones_own_as_it_is(
+    corpus, tmp_path, capsys, sizes, end
+):
+    """And knows where a text ends, unless the end is an ordinary token."""
+    tokenizer = byte_level()
+    if end in ("special", "lstrip"):
+        tokenizer.add_tokens([AddedToken("<end>", special=True, lstrip=end == "lstrip")])
+    tokenizer.enable_truncation(3)
+    ids = {"special": 300, "lstrip": 300, "a word": tokenizer.token_to_id("he"), "none": None}
+    (tmp_path / "tokens").mkdir()
+    tokenizer.save(str(tmp_path / "tokens" / "tokenizer.json"))
+    config = {"eos_token_id": ids[end]}
+    (tmp_path / "tokens" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    export = tmp_path / "export"
+    typed = {"tokenizer": tmp_path / "tokens", "max_iters": 0, "export": export}
+    output(capsys, *flags(corpus, **typed), *sizes)
+    tokenizer.no_truncation()
+    text = f"{TEXT} <end>Zoë 世\n\n <end> then he,  s.He can 't <s>"
+    theirs = same_in_auto_tokenizer(export, tokenizer, text)
+    assert theirs.eos_token_id == (300 if end in ("special", "lstrip") else None)
+    model = load_in_transformers(export)
+    assert model.config.eos_token_id == model.generation_config.eos_token_id == ids[end]
+
+
+def save_qwen(folder: Path) -> None:
+    """Write the files of a tokenizer as Qwen's, in the two ways that there are."""
+    trained = json.loads(byte_level().to_str())["model"]
+    merges = [tuple(merge) for merge in trained["merges"]]
+    template = "{% for message in messages %}<|end|>{{ message.content }}\n{% endfor %}"
+    tokenizer = Qwen2Tokenizer(
+        trained["vocab"], merges, eos_token="<|end|>", pad_token="<|end|>", unk_token=None,
+        chat_template=template, model_max_length=2000,
+    )  # fmt: skip
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("later", ["at once", "from a checkpoint"])
+def test_the_files_beside_a_tokenizer_come_with_an_export(
+    tmp_path, corpus, capsys, monkeypatch, kind, later
+):
+    """Also if a run is exported that no longer has the model it started from."""
+    folder, run, export = tmp_path / "model", tmp_path / "run", tmp_path / "export"
+    save(make_reference(kind), folder)
+    save_qwen(folder)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<|end|>"}', encoding="utf-8")
+    ends = {"eos_token_id": [0, 9], "pad_token_id": 0, "repetition_penalty": 1.5}
+    (folder / "generation_config.json").write_text(json.dumps(ends), encoding="utf-8")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    theirs = AutoTokenizer.from_pretrained(folder)
+    starting = ["--init_from", folder, *BRIEFLY]
+    if later == "at once":
+        output(capsys, *starting, "--sample_only", "--export", export)
+    else:
+        tuning = ["--data", corpus, "--max_iters", "0", "--block_size", "20", "--out_dir", run]
+        output(capsys, *starting, *tuning)
+        shutil.rmtree(folder)
+        output(capsys, "--sample_only", "--out_dir", run, "--export", export)
+    for name in set(before) - {"config.json", "model.safetensors"}:
+        assert (export / name).read_bytes() == before[name], name
+    assert set(before) >= {"tokenizer_config.json", "chat_template.jinja"}
+    again = AutoTokenizer.from_pretrained(export)
+    assert type(again) is type(theirs)
+    assert again.encode(TEXT + "<|end|>") == theirs.encode(TEXT + "<|end|>")
+    assert (len(again), again.eos_token_id, again.model_max_length) == (N_VOCAB, 0, 2000)
+    chat = [{"role": "user", "content": "The fox?"}]
+    assert again.apply_chat_template(chat, tokenize=False) == "<|end|>The fox?\n"
+    assert load_in_transformers(export).generation_config.eos_token_id == [0, 9]
+
+
+def test_biases_and_norms_together_are_a_qwen3(corpus, tmp_path, capsys):
+    """Which has one more bias; here it is zero."""
+    run, export = tmp_path / "run", tmp_path / "export"
+    typed = flags(corpus, out_dir=run, export=export, warmup_iters=0)
+    output(capsys, *typed, "--qk_norm", "--qkv_bias")
+    state = torch.load(run / "best.pt", weights_only=True)
+    n_vocab = len(state["model"]["token_embedding.weight"])
+    ours = v11c.LanguageModel(v11c.Config(**state["config"]), n_vocab).eval()
+    ours.load_state_dict(state["model"])
+    assert ours.blocks[0].attention.query.bias.abs().max() > 1e-3
+    theirs = load_in_transformers(export)
+    assert type(theirs) is Qwen3ForCausalLM
+    idx = torch.randint(n_vocab, (2, 5))
+    assert largest_difference(theirs(idx).logits, ours(idx)[0]) < 1e-4
+    line = refused(v11c, capsys, "--init_from", export, "--sample_only")
+    assert "it has biases in attention" in line
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -494,9 +650,10 @@ def test_an_export_ends_its_texts_like_the_model(folder, tmp_path, capsys, eos_t
 
 @pytest.mark.parametrize("sizes", [
     ["--n_kv_head", "1"], ["--qk_norm", "--tie_word_embeddings", "--n_kv_head", "3"],
+    ["--qkv_bias", "--head_size", "8", "--rope_theta", "99"],
     ["--head_size", "8", "--intermediate_size", "24", "--rope_theta", "99", "--rope_factor", "4",
      "--original_max_position_embeddings", "4"],
-], ids=["default", "qwen3", "llama3"])  # fmt: skip
+], ids=["default", "qwen3", "qwen2", "llama3"])  # fmt: skip
 def test_the_best_weights_of_a_run_are_exported(corpus, tmp_path, capsys, monkeypatch, sizes):
     losses = iter([1.0, 5.0, 1.0, 2.0, 1.0, 4.0])  # the second estimate is the best
     monkeypatch.setattr(v11c, "estimate_loss", lambda *_: next(losses))
@@ -510,7 +667,8 @@ def test_the_best_weights_of_a_run_are_exported(corpus, tmp_path, capsys, monkey
     ours = v11c.LanguageModel(v11c.Config(**state["config"]), N_VOCAB).eval()
     ours.load_state_dict(state["model"])
     theirs = load_in_transformers(export)
-    assert type(theirs) is (Qwen3ForCausalLM if "--qk_norm" in sizes else LlamaForCausalLM)
+    kinds = {"--qk_norm": Qwen3ForCausalLM, "--qkv_bias": Qwen2ForCausalLM}
+    assert type(theirs) is next((kinds[word] for word in sizes if word in kinds), LlamaForCausalLM)
     idx = torch.randint(N_VOCAB, (2, 5))
     logits = ours(idx)[0].detach()
     assert largest_difference(theirs(idx).logits, logits) < 1e-4
@@ -586,7 +744,7 @@ def test_a_released_model_brings_its_sizes(tmp_path):
     cfg = settings(tmp_path)
     expected = {
         "n_embd": 36, "n_head": 3, "n_layer": 2, "n_kv_head": 1, "head_size": 8,
-        "intermediate_size": 40, "qk_norm": True, "tie_word_embeddings": True,
+        "intermediate_size": 40, "qkv_bias": False, "qk_norm": True, "tie_word_embeddings": True,
         "rms_norm_eps": 1e-3, "rope_theta": 500.0, "rope_factor": 8.0,
         "rope_low_freq_factor": 1.0, "rope_high_freq_factor": 4.0,
         "original_max_position_embeddings": 32, "tokenizer": str(tmp_path),
@@ -620,7 +778,8 @@ def test_the_warmup_of_fine_tuning_is_a_tenth_of_it(folder):
 @pytest.mark.parametrize("name", v11c.SIZES)
 def test_other_sizes_are_refused_by_name(folder, capsys, name):
     others = {
-        "qk_norm": ["--qk_norm"], "tie_word_embeddings": ["--no-tie_word_embeddings"],
+        "qkv_bias": ["--qkv_bias"], "qk_norm": ["--qk_norm"],
+        "tie_word_embeddings": ["--no-tie_word_embeddings"],
         "tokenizer": ["--tokenizer", "char"], "rms_norm_eps": ["--rms_norm_eps", "0.5"],
     }  # fmt: skip
     typed = others.get(name, [f"--{name}", "5"])
@@ -787,3 +946,68 @@ def test_a_folder_may_be_called_char(folder, tmp_path, capsys, monkeypatch):
     shutil.copytree(folder, tmp_path / "char")
     monkeypatch.chdir(tmp_path)
     output(capsys, "--init_from", "char", "--sample_only", *BRIEFLY)
+
+
+# ---- a released model itself
+
+needs_smollm2 = pytest.mark.skipif(
+    "SMOLLM2" not in os.environ,
+    reason="needs SMOLLM2, which names a folder with SmolLM2-135M-Instruct in float32",
+)
+CORPUS = Path(data.__file__).with_name("tinyshakespeare.txt")
+QUESTION = [{"role": "user", "content": "What is the capital of Italy? Answer in one sentence."}]
+
+
+@torch.no_grad()
+@needs_smollm2
+def test_smollm2_is_the_same_as_in_transformers(capsys):
+    folder = Path(os.environ["SMOLLM2"])
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    theirs = AutoModelForCausalLM.from_pretrained(folder).eval()
+    assert theirs.dtype == torch.float32
+    text = CORPUS.read_text(encoding="utf-8")[:3000]
+    ids = tokenizer.encode(text)
+    content = llama_files.read_tokenizer(folder, "--tokenizer")
+    assert v11c.FileTokenizer(content).encode(text) == ids
+    idx = torch.tensor([ids[:512]])
+    assert largest_difference(load(folder)(idx)[0], theirs(idx).logits) < 1e-4
+    prompt = torch.tensor([tokenizer.encode("The capital of France is")])
+    expected = continued(theirs, prompt)
+    assert torch.equal(greedy(folder, prompt), expected)
+    assert "Paris" in tokenizer.decode(expected[0])
+    prompt = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+    idx = torch.tensor([tokenizer.encode(prompt)])
+    how = {"attention_mask": torch.ones_like(idx), "max_new_tokens": 50, "do_sample": False}
+    answer = theirs.generate(idx, **how)[0, idx.shape[1] :]
+    assert answer[-1] == tokenizer.eos_token_id
+    sampling = ["--init_from", folder, "--sample_only", "--temperature", "0", "--device", "cpu"]
+    out = output(capsys, *sampling, "--max_new_tokens", "50", "--prompt", prompt)
+    assert out == prompt + tokenizer.decode(answer[:-1]) + "\n"
+
+
+@torch.no_grad()
+@needs_smollm2
+def test_an_export_of_smollm2_is_the_same_as_the_model(tmp_path, capsys):
+    folder, export = Path(os.environ["SMOLLM2"]), tmp_path / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, *BRIEFLY)
+    text = CORPUS.read_text(encoding="utf-8")[:3000]
+    seen = []
+    for place in (folder, export):
+        tokenizer = AutoTokenizer.from_pretrained(place)
+        model = AutoModelForCausalLM.from_pretrained(place).eval()
+        ids = tokenizer.encode(text)
+        chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
+        prompt = torch.tensor([tokenizer.encode(chat)])
+        how = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 50, "do_sample": False}
+        seen.append({
+            "ids": ids, "logits": model(torch.tensor([ids[:512]])).logits.tolist(), "chat": chat,
+            "tokens": len(tokenizer), "end": (tokenizer.eos_token, tokenizer.eos_token_id),
+            "greedy": continued(model, torch.tensor([ids[:9]])).tolist(),
+            "answer": model.generate(prompt, **how).tolist(),
+            "ends": (model.config.eos_token_id, model.generation_config.eos_token_id),
+        })  # fmt: skip
+    for name, value in seen[0].items():
+        assert seen[1][name] == value, name
+    assert seen[1]["end"] == ("<|im_end|>", 2)
+    assert seen[1]["answer"][0][-1] == 2
+    assert seen[1]["chat"].startswith("<|im_start|>system\n")

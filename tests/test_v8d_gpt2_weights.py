@@ -16,10 +16,11 @@ import pytest
 import tiktoken
 import torch
 from conftest import TEXT, refused, tiny, tiny_flags
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     GPT2LMHeadModel,
     OpenAIGPTConfig,
@@ -76,6 +77,7 @@ def ascii_tokens(monkeypatch):
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: encoding)
     monkeypatch.setattr(gpt2_files, "N_VOCAB", 97)
+    monkeypatch.setattr(gpt2_files, "SOME_TOKENS", {"\u0120": 1})
     return encoding
 
 
@@ -191,6 +193,62 @@ def test_greedy_text_equals_that_of_transformers(tmp_path, kind):
     assert len(set(text[0, 9:].tolist())) > 4, "not the same few tokens for ever"
 
 
+@torch.no_grad()
+def test_upcasting_changes_nothing_in_float32(tmp_path):
+    theirs = make_reference("GPT-2", reorder_and_upcast_attn=True, attn_implementation="eager")
+    theirs.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["reorder_and_upcast_attn"] is True
+    idx = torch.randint(97, (3, 24))
+    assert (load(tmp_path)(idx)[0] - theirs(idx).logits).abs().max() < 1e-4
+
+
+# ---- distilgpt2, which has half of the layers of GPT-2
+
+DISTILGPT2 = {
+    "_num_labels": 1, "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"],
+    "attn_pdrop": 0.1, "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256,
+    "id2label": {"0": "LABEL_0"}, "initializer_range": 0.02, "label2id": {"LABEL_0": 0},
+    "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+    "n_layer": 6, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+    "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+    "summary_use_proj": True, "vocab_size": 50257,
+    "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+}  # fmt: skip
+
+
+def test_distilgpt2_has_as_many_parameters(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt2_files, "N_VOCAB", 50_257)
+    (tmp_path / "config.json").write_text(json.dumps(DISTILGPT2), encoding="utf-8")
+    cfg, _ = settings(tmp_path)
+    with torch.device("meta"):
+        model = v8d.LanguageModel(cfg, 50_257)
+    assert sum(p.numel() for p in model.parameters()) == 81_912_576
+
+
+@torch.no_grad()
+def test_a_model_like_distilgpt2_is_the_same_in_both_directions(tmp_path, capsys):
+    """Narrower, but with its entries, its masks, and a copy of its embedding as output layer."""
+    folder, export = tmp_path / "model", tmp_path / "export"
+    sizes = {"n_embd": 48, "n_head": 12, "n_layer": 6, "n_positions": 64}
+    theirs = make_reference("GPT-2", **sizes)
+    theirs.save_pretrained(folder)
+    changes = {**sizes, "n_ctx": 64, "vocab_size": 97, "bos_token_id": 96, "eos_token_id": 96}
+    (folder / "config.json").write_text(json.dumps(DISTILGPT2 | changes), encoding="utf-8")
+    weights = load_file(folder / "model.safetensors")
+    for i in range(6):
+        weights[f"transformer.h.{i}.attn.bias"] = torch.ones(1, 1, 64, 64).tril()
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    idx = torch.randint(97, (2, 64))
+    expected = theirs(idx).logits
+    assert (load(folder)(idx)[0] - expected).abs().max() < 1e-4
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, "--device", "cpu")
+    again = load_in_transformers(export)
+    assert (again.config.n_layer, again.config.n_head) == (6, 12)
+    assert (again(idx).logits - expected).abs().max() < 1e-4
+    assert (load(export)(idx)[0] - expected).abs().max() < 1e-4
+
+
 # ---- exports
 
 
@@ -207,6 +265,22 @@ def test_an_exported_model_is_the_same_in_transformers_and_here(
     weights = load(folder).state_dict()
     for name, weight in load(export).state_dict().items():
         assert torch.equal(weight, weights[name]), name
+    config = json.loads((export / "config.json").read_text(encoding="utf-8"))
+    assert config["architectures"] == [type(theirs).__name__], "where vLLM looks"
+
+
+def test_auto_tokenizer_has_the_tokens_of_an_export(released, tmp_path, capsys, ascii_tokens):
+    """And knows where a text ends, as does generate."""
+    folder, _ = released
+    export = tmp_path / "export"
+    output(capsys, "--init_from", folder, "--sample_only", "--export", export, "--device", "cpu")
+    tokenizer = AutoTokenizer.from_pretrained(export)
+    assert tokenizer.encode(TEXT) == ascii_tokens.encode(TEXT)
+    assert tokenizer.decode(ascii_tokens.encode(TEXT)) == TEXT
+    assert len(tokenizer) == 97
+    assert tokenizer.encode("hens<|endoftext|>") == [*ascii_tokens.encode("hens"), 96]
+    assert (tokenizer.eos_token, tokenizer.eos_token_id) == ("<|endoftext|>", 96)
+    assert load_in_transformers(export).generation_config.eos_token_id == 96
 
 
 @pytest.mark.parametrize("norm", ["pre", "post"])
@@ -287,7 +361,8 @@ def test_a_checkpoint_can_be_exported_without_training(exported_run, tmp_path, c
     before = sorted(path.name for path in run.iterdir())
     out = output(capsys, "--sample_only", "--out_dir", run, "--export", tmp_path / "second")
     assert "loss" not in out
-    for name in ("config.json", "model.safetensors"):
+    assert len(list(first.iterdir())) == len(list((tmp_path / "second").iterdir()))
+    for name in (path.name for path in first.iterdir()):
         assert (tmp_path / "second" / name).read_bytes() == (first / name).read_bytes()
     assert sorted(path.name for path in run.iterdir()) == before
 
