@@ -65,7 +65,7 @@ class Config:
     prompt: str = setting("text that the sample starts with", "\n")
     max_new_tokens: int = setting("tokens to generate after the prompt", 500)
     dtype: str = setting("dtype of matmuls", "auto", choices=["auto", "float32", "bfloat16"])
-    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.can_compile(), cpu=False)
 
 
 def choose_dtype(cfg: Config) -> str:

@@ -73,7 +73,7 @@ class Config:
     prompt: str = setting("text that the sample starts with", "\n")
     max_new_tokens: int = setting("tokens to generate after the prompt", 500)
     dtype: str = setting("dtype of matmuls", "auto", choices=["auto", "float32", "bfloat16"])
-    compile: bool = setting("use torch.compile", gpu=hardware.has_triton(), cpu=False)
+    compile: bool = setting("use torch.compile", gpu=hardware.can_compile(), cpu=False)
     weight_decay: float = setting("weight decay of matrices and embeddings", gpu=0.1, cpu=0.3)
     warmup_iters: int = setting("steps of linear warm-up", 100)
     out_dir: str = setting("folder of the run, by default a new one in out/", "")

@@ -1,8 +1,12 @@
 """What the hardware can do, and settings of the whole program that make it faster."""
 
 import ctypes
+import os
+import shutil
 import sys
+import sysconfig
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
@@ -23,9 +27,24 @@ def supports_bfloat16(device: str) -> bool:
     return False
 
 
-def has_triton() -> bool:
-    """Whether Triton is installed, which torch.compile needs on a GPU."""
-    return find_spec("triton") is not None
+def can_compile() -> bool:
+    """Whether torch.compile can be expected to work on a GPU.
+
+    It needs Triton, which supports GPUs from compute capability 7.0 on and, on Linux, compiles C
+    code against Python's headers.
+    """
+    if find_spec("triton") is None:
+        return False
+    if sys.platform == "linux" and not has_c_compiler():
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (7, 0)
+
+
+def has_c_compiler() -> bool:
+    """Whether there are a C compiler and Python's headers."""
+    names = [os.environ.get("CC", ""), "cc", "gcc", "clang"]
+    headers = Path(sysconfig.get_path("include"), "Python.h")
+    return any(shutil.which(name) for name in names if name) and headers.exists()
 
 
 def check_compiler(device: str) -> None:
