@@ -116,7 +116,7 @@ class Config:
     val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
     norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
-    init_from: str = setting("start from gpt2 (to gpt2-xl) or a folder", "")
+    init_from: str = setting("start from gpt2 to gpt2-xl, distilgpt2, or a folder", "")
     export: str = setting("folder to write the best weights to", "")
 
 

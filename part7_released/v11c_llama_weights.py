@@ -1,4 +1,4 @@
-"""v11c_llama_weights.py: load a released Llama, SmolLM2 or Qwen3, fine-tune and export it.
+"""v11c_llama_weights.py: load a released Llama, SmolLM2 or Qwen, fine-tune and export it.
 
 A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
 config.json; support/llama_files.py translates their names, and refuses a model that needs more than

@@ -15,6 +15,7 @@ import torch
 from conftest import refused_input as refused
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer as TokenizerFile
+from tokenizers import pre_tokenizers
 
 import data
 from data import token_files
@@ -371,6 +372,12 @@ def test_an_export_of_gpt1_says_so(tmp_path):
     assert config["architectures"] == ["OpenAIGPTLMHeadModel"]
 
 
+def test_each_byte_has_the_letter_that_tokenizers_gives_it():
+    letters = gpt2_files.byte_letters()
+    assert sorted(letters) == list(range(256))
+    assert sorted(letters.values()) == sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
 @pytest.mark.parametrize("by", ["few tokens", "GPT-2"])
 def test_an_export_has_a_tokenizer_that_gives_the_same_ids(tmp_path, by):
     """tiktoken's files aren't those that other programs read."""
@@ -381,6 +388,7 @@ def test_an_export_has_a_tokenizer_that_gives_the_same_ids(tmp_path, by):
             pytest.skip("needs GPT-2's files")
         encoding = token_files.load_encoding()
         text = f"{text} Zoë 世界 \U0001f600 \u00a0\u3000\t\r\n x१२ I'LL" + CORPUS[:50_000]
+        text += "".join(chr(i) for i in range(0x80, 0x900))  # with almost all bytes of UTF-8
     write(tmp_path, Tokenizer("gpt2", encoding.n_vocab, encoding=encoding))
     tokenizer = TokenizerFile.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode(text).ids == encoding.encode_ordinary(text)

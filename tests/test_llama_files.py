@@ -387,13 +387,19 @@ def test_a_tokenizer_brings_its_companions_word_for_word(tmp_path, by_folder):
 
 
 @pytest.mark.parametrize(
-    "name", ["tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"]
+    ("name", "content", "said"),
+    [
+        ("tokenizer_config.json", b"{", "not JSON ("),
+        ("tokenizer_config.json", b"[]", "should hold a JSON object"),
+        ("special_tokens_map.json", b"{", "not JSON ("),
+        ("chat_template.jinja", b"\xff", "not text in UTF-8 ("),
+    ],
 )
-def test_a_damaged_companion_is_refused_before_any_work(tmp_path, name):
+def test_a_damaged_companion_is_refused_before_any_work(tmp_path, name, content, said):
     save_tokenizer(tmp_path)
-    (tmp_path / name).write_bytes(b"\xff")
+    (tmp_path / name).write_bytes(content)
     line = refused(llama_files.read_tokenizer, tmp_path, "--tokenizer")
-    assert line.startswith(f"--tokenizer {tmp_path / name}: not ")
+    assert line.startswith(f"--tokenizer {tmp_path / name}: {said}")
     (tmp_path / name).unlink()
     (tmp_path / name).mkdir()
     line = refused(llama_files.read_tokenizer, tmp_path, "--tokenizer")
