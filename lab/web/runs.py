@@ -40,8 +40,10 @@ SAME_TRAINING = {
     "v7a_sampling": "v6d_checkpoints",
     "v7b_kv_cache": "v6d_checkpoints",
     "v8d_gpt2_weights": "v8c_gpt2",
-    "v11b_tokenizer": "v11a_llama",
-    "v11c_llama_weights": "v11a_llama",
+    "v8e_distributed": "v8c_gpt2",
+    "v11a_llama": "v9d_gqa",
+    "v11b_tokenizer": "v9d_gqa",
+    "v11c_llama_weights": "v9d_gqa",
 }
 WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
 SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
