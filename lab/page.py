@@ -63,7 +63,7 @@ STRIP = {
 }
 # Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
 # part 4 is per token of several characters.
-NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8b_gpt2_tokens", "v8c_gpt2", "v8e_distributed"]
+NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8b_gpt2_tokens", "v8c_gpt2"]
 
 
 @dataclass
@@ -300,7 +300,7 @@ def build(results: dict[str, Result], live_part: str, text: str, changes: dict[s
         style=read(HERE / "page.css"),
         navigation=nav,
         changes=other_settings(changes),
-        minutes=runs.SPEEDRUN["minutes"],
+        minutes=runs.SPEEDRUN_MINUTES,
         steps=f"{runs.SPEEDRUN['max_iters']:,}",
         contents=contents(results),
         live=live_part,

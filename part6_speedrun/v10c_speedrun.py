@@ -12,7 +12,7 @@ trained, so that --resume goes on where it stopped.
 
 New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.5 in the time that v5_gpt.py takes to
+Expect:   on two CPU cores, a validation loss of about 1.55 in the time that v5_gpt.py takes to
           reach 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
