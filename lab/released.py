@@ -98,7 +98,7 @@ def take_turn(program: str, folder: Path, cfg: Config) -> Turn:
         model = v11c.make_model(settings, released, vocab_size).eval()
 
         def generate(n: int) -> torch.Tensor:
-            return torch.cat(list(model.stream(idx, n, settings)), dim=1)  # (1, n)
+            return torch.cat([idx, *model.stream(idx, n, settings)], dim=1)  # (1, T + n)
 
     generate(2)[0, 0].item()  # to warm up
     start = time.perf_counter()

@@ -457,7 +457,10 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
 
 
 def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
-    """Bring the singular values of a matrix, float (rows, columns), close to 1; same shape."""
+    """Bring the singular values of a matrix, float (rows, columns), close to 1; same shape.
+
+    In shape comments, n is the smaller one of rows and columns.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315  # small singular values more than triple in each round
     # All singular values must be at most 1, and none is larger than the norm.
     x = matrix / (matrix.norm() + 1e-7)  # (rows, columns)
@@ -465,7 +468,7 @@ def orthogonalise(matrix: torch.Tensor) -> torch.Tensor:
     if is_tall:
         x = x.mT  # (columns, rows), so that the product below is the smaller one of the two
     for _ in range(5):
-        square = x @ x.mT  # (n, n), where n is min(rows, columns)
+        square = x @ x.mT  # (n, n)
         x = a * x + (b * square + c * square @ square) @ x  # (n, max(rows, columns))
     if is_tall:
         x = x.mT  # (rows, columns)

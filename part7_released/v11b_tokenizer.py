@@ -600,7 +600,7 @@ def main(argv: list[str] | None = None) -> None:
         if not cfg.sample_only:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             # Not uint16, because ids may be above 65,535.
-            ids = np.array(tokenizer.encode(text, "--data"), dtype=np.uint32)  # (n,)
+            ids = np.array(tokenizer.encode(text, "--data"), dtype=np.uint32)
             train_data, val_data = data.split(ids, cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)

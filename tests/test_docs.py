@@ -17,6 +17,7 @@ DOCS = {path: path.read_text(encoding="utf-8") for path in PAGES}
 LESSONS = {script: ast.get_docstring(ast.parse(source(script))) for script in SCRIPTS}
 COMMAND = re.compile(r"^.*?\bpython ((?:\w+/)?\w+\.py[^\n`]*)", re.MULTILINE)
 COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values()]))))
+SHORT = dict(re.findall(r"`\$(\w+)` stands for `([^`]+)`", "\n".join(DOCS.values())))
 LINK = r"\[(\w+)\.py\]\([\w/]*\1\.py\)"
 ROW = re.compile(  # script, parent, idea, changed lines, loss, minutes
     rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \| [\d.]+ \|$", re.MULTILINE
@@ -26,7 +27,8 @@ COURSE = {row[0]: (row[2], row[3], float(row[4])) for row in ROW.findall(README)
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_commands_have_flags_that_exist(command):
-    name, *flags = shlex.split(command.split("#")[0])
+    written_out = re.sub(r"\$(\w+)", lambda match: SHORT[match[1]], command.split("#")[0])
+    name, *flags = shlex.split(written_out)
     program = importlib.import_module(name.removesuffix(".py").replace("/", "."))
     without_settings = ("lab/ladder.py", "lab/propagate.py", "lab/results.py")
     if name in without_settings or flags == ["--help"]:

@@ -36,4 +36,5 @@ def test_main_says_that_it_needs_a_list_of_flags(outputs):
 
 
 def test_a_flag_that_does_not_exist_is_named(outputs):
-    assert "error: unrecognized arguments: --heads 3; see --help\n" in outputs[2]
+    meant = "did you mean --n_head?"
+    assert f"error: unrecognized arguments: --heads 3; {meant}; see --help\n" in outputs[2]

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from lab import released
-from support import llama_files
 
 SMALL = {
     "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 3,
@@ -72,8 +71,8 @@ def test_the_sizes_are_those_of_the_released_models(tmp_path):
     for name, n_parameters in (("smollm2-135m", 134_515_008), ("qwen3-0.6b", 596_049_920)):
         config = released.MODELS[name] | {"dtype": "bfloat16"}
         (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        settings = llama_files.read_config(tmp_path)
+        flags = ["--init_from", str(tmp_path), "--device", "cpu"]
+        cfg, _, read = released.v11c.read_settings(flags)
         with torch.device("meta"):
-            cfg = released.v11c.read_settings(settings, ["--device", "cpu"])
-            model = released.v11c.LanguageModel(cfg, settings["vocab_size"])
+            model = released.v11c.LanguageModel(cfg, read["vocab_size"])
         assert sum(p.numel() for p in model.parameters()) == n_parameters

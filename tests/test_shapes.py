@@ -99,8 +99,11 @@ class ShapeTracer:
             known["kv_size"] = getattr(names["self"].blocks[0].attention, "kv_size", None)
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
-        if isinstance(names.get("matrices"), torch.Tensor):  # orthogonalise
-            known["n"], known["rows"], known["columns"] = names["matrices"].shape
+        if isinstance(names.get("matrix"), torch.Tensor):  # orthogonalise and Muon.step
+            known["rows"], known["columns"] = names["matrix"].shape
+            known["n"] = min(names["matrix"].shape)
+        if isinstance(names.get("tokens"), np.ndarray):  # describe_best
+            known["n"] = len(names["tokens"])
         if "sizes" in names:
             known["sizes"] = names["sizes"]
         for name in ("context", "cache"):  # whose attributes are in comments
@@ -125,7 +128,7 @@ class ShapeTracer:
             targets = target.elts if isinstance(target, ast.Tuple) else [target]
             kept = [t for t in targets if not (isinstance(t, ast.Name) and t.id == "_")]
             values = [eval(ast.unparse(t), {}, dict(names)) for t in kept]
-            if isinstance(values[0], tuple):
+            if isinstance(values[0], (tuple, list, torch.nn.ModuleList)):
                 (values,) = values  # several tensors under one name
         values = [v.weight if isinstance(v, torch.nn.Module) else v for v in values]
         claims = self.claims[line] * (len(values) if len(self.claims[line]) == 1 else 1)

@@ -1,5 +1,7 @@
 """v10b_tricks.py: the switches, and the cache beside pairs of characters."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
@@ -267,5 +269,6 @@ def test_a_run_keeps_the_switches_that_its_weights_need(corpus, tmp_path, capsys
 def test_a_run_of_v10a_can_not_be_resumed(corpus, tmp_path, capsys):
     v10a.main([*tiny_flags(v10a, out_dir=tmp_path), "--data", str(corpus)])
     line = refused(v10b, capsys, "--resume", "--out_dir", tmp_path, "--max_iters", "5")
-    why = "the checkpoint has no setting qk_norm; use the script that wrote it"
-    assert line == f"error: {why}"
+    writer = Path("part6_speedrun", "v10a_muon.py")
+    why = f"written by {writer}, whose model has no qk_norm; use that script"
+    assert line == f"error: {tmp_path / 'latest.pt'}: {why}"

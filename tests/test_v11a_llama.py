@@ -275,7 +275,7 @@ def test_a_run_with_tied_embeddings_saves_them_once_and_goes_on(corpus, tmp_path
     flags = [*tiny_flags(v11a, out_dir=folder, max_new_tokens=40), "--data", str(corpus)]
     v11a.main([*flags, "--tie_word_embeddings"])
     sample = re.sub(r"^step .*\n", "", capsys.readouterr().out, flags=re.MULTILINE)
-    state = torch.load(folder / "best.pt", weights_only=True)
+    state = torch.load(folder / "latest.pt", weights_only=True)
     weights = state["model"]
     assert weights["lm_head.weight"].data_ptr() == weights["token_embedding.weight"].data_ptr()
     assert len(state["optimizer"]) == len(weights) - 1

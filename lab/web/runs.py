@@ -48,8 +48,8 @@ SAME_TRAINING = {
 WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
 SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
 SAMPLE_LENGTH = 300  # characters
-# v10c by the clock isn't reproducible. This has the sizes of --minutes 1.59 and the steps that such a
-# run took (part6_speedrun/README.md). More loss estimates only make a finer curve.
+# v10c by the clock isn't reproducible. This has the sizes of --minutes 1.59 and the steps that such
+# a run took (part6_speedrun/README.md). More loss estimates only make a finer curve.
 SPEEDRUN_MINUTES = 1.59
 SPEEDRUN = {"max_iters": 1451, "eval_interval": 400}
 
