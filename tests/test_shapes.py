@@ -14,7 +14,7 @@ from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 import data
 from lab.common import generate
 from lab.ladder import SCRIPTS, load
-from support import batches, hardware
+from support import batches
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
 
@@ -178,13 +178,8 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--out_dir", str(tmp_path / "off"), *off])
         if hasattr(script, "head_size_of"):
             script.main([*flags, "--out_dir", str(tmp_path / "long"), "--rope_factor", "8"])
-        if hasattr(script, "get_batch"):
-            monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # needs no GPU
-            ids = np.zeros(50, dtype=np.uint16)
-            script.get_batch(ids, tiny(script, device=LikeCuda("cpu")))
-        if hasattr(script, "orthogonalise"):  # as on a processor with bfloat16
-            monkeypatch.setattr(hardware, "supports_bfloat16", lambda device: True)
-            script.orthogonalise(torch.randn(2, 6, 4))
+        if hasattr(script, "orthogonalise"):  # a matrix that is taller than wide, too
+            script.orthogonalise(torch.randn(6, 4))
 
     tracer = run_traced(script.__file__, run)
     assert tracer.wrong == []
