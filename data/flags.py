@@ -58,7 +58,7 @@ def command_line(torchrun: bool = False) -> Iterator[None]:
     except Stopped as error:
         sys.exit(128 + error.number)  # the status that shells expect
     except KeyboardInterrupt:
-        why = "only v6d_checkpoints.py and the scripts after it save what they have trained"
+        why = "scripts before v6d_checkpoints.py save nothing of what they have trained"
         print(f"stopped; {why}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
     except BrokenPipeError:

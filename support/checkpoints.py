@@ -90,6 +90,26 @@ def check_contents(state: dict, path: Path) -> None:
             raise InputError(f"{path}: damaged (its history has {losses!r} at step {step!r})")
     if not state["history"]:
         raise InputError(f"{path}: damaged (its history is empty)")
+    seconds = state.get("seconds", 0.0)  # the clock of v10c
+    if type(seconds) is not float or not 0 <= seconds < math.inf:
+        raise InputError(f"{path}: damaged (its seconds are {seconds!r})")
+    if "tokenizer_content" in state:
+        check_tokenizer(state["tokenizer_content"], path)
+
+
+def check_tokenizer(content: dict, path: Path) -> None:
+    """Raise InputError if a checkpoint's copy of a tokenizer.json can't be used."""
+    from tokenizers import Tokenizer  # here, because only v11b and later need it
+
+    try:
+        Tokenizer.from_str(content["json"])
+        fits = type(content["n_vocab"]) is int and content["n_vocab"] > 0
+        ends = content["end_of_text"]
+        fits = fits and isinstance(ends, list) and all(type(token) is int for token in ends)
+    except Exception:  # tokenizers has no class of its own for a damaged file
+        fits = False
+    if not fits:
+        raise InputError(f"{path}: damaged (its tokenizer can't be used)")
 
 
 def from_here(path: Path) -> Path:
@@ -110,6 +130,8 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
     """Copy the weights of a checkpoint into a model; raises InputError if they don't fit."""
     script = Path(sys.modules[type(model).__module__].__file__).stem
     try:
+        if not all(weight.is_floating_point() for weight in state["model"].values()):
+            raise TypeError  # load_state_dict would convert them
         model.load_state_dict(state["model"])
     except (RuntimeError, TypeError, AttributeError):
         why = "damaged: its weights don't fit its settings"

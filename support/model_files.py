@@ -195,6 +195,9 @@ def read_weights(
     """
     files = weight_files(folder)
     stored = {name.removeprefix("transformer."): name for name in files}
+    if len(stored) < len(files):
+        twice = [name for name in stored if f"transformer.{name}" in files and name in files]
+        raise InputError(f"--init_from {folder}: with and without transformer.: {listed(twice)}")
     if HEAD in stored and HEAD not in expected and embedding in stored:
         head, other = stored.pop(HEAD), stored[embedding]
         if not torch.equal(read_weight(files[head], head), read_weight(files[other], other)):
@@ -209,7 +212,7 @@ def read_weights(
         if weight.shape != own.shape:
             shapes = f"{tuple(weight.shape)} instead of {tuple(own.shape)}"
             raise InputError(f"--init_from {path}: {name} has the shape {shapes}")
-        check_numbers(weight, f"{path}: {name}")
+        check_numbers(weight, f"{path}: {name}", own.dtype)
         yield name, weight
 
 
@@ -252,11 +255,12 @@ def read_weight(path: Path, name: str) -> torch.Tensor:
     return weight
 
 
-def check_numbers(weight: torch.Tensor, where: str) -> None:
-    """Raise InputError, saying where, if a weight has numbers that float32 can't hold."""
+def check_numbers(weight: torch.Tensor, where: str, dtype: torch.dtype) -> None:
+    """Raise InputError, saying where, if a weight has numbers that dtype can't hold."""
     lowest, highest = weight.aminmax()  # both are NaN if any number is
-    if not (lowest.float().isfinite() and highest.float().isfinite()):
-        raise InputError(f"--init_from {where} has numbers that aren't finite")
+    if not (lowest.to(dtype).isfinite() and highest.to(dtype).isfinite()):
+        name = str(dtype).removeprefix("torch.")
+        raise InputError(f"--init_from {where} has numbers that aren't finite in {name}")
 
 
 # ---- flags and exports
@@ -288,6 +292,9 @@ def check_export(export: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         files = ("config.json", "model.safetensors", "tokenizer.json", *COMPANIONS)
         is_used = any((folder / name).exists() for name in files)
+        weights = folder / "model.safetensors"
+        if weights.with_name("model.safetensors.unfinished").exists() and not weights.exists():
+            is_used = False  # an export was killed here before it was whole
         with TemporaryFile(dir=folder):
             pass  # so it can be written
     except OSError as error:

@@ -23,6 +23,8 @@ from support.processes import largest_of_all, n_processes, process_rank
 
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]  # as on some network drives
+# Settings that only some scripts have, and the values with which they change nothing.
+WITHOUT = {"grad_accum_steps": 1, "minutes": 0.0}
 LARGE = 10**9  # bytes of a checkpoint that is announced
 
 
@@ -61,6 +63,11 @@ def read_settings(
         if name not in config:
             writer = script_path(saved["script"])
             why = f"written by {writer}, whose model has no {name}; use that script"
+            raise InputError(f"{saved['path']}: {why}")
+    for name, value in WITHOUT.items():
+        if cfg.resume and not hasattr(cfg, name) and config.get(name, value) != value:
+            flag, writer = f"--{name} {config[name]}", script_path(saved["script"])
+            why = f"written by {writer} with {flag}, which this script doesn't have; use that one"
             raise InputError(f"{saved['path']}: {why}")
     if cfg.sample_only:
         config.pop("dtype", None)  # that of training, which this machine may not have
@@ -134,7 +141,10 @@ class Run:
             raise InputError(f"{best}: missing or damaged; copy latest.pt over it to continue")
         if self.saved["corpus"] != self.about["corpus"]:
             why = "not the text that this run was trained on; give that one"
-            raise InputError(f"--data {cfg.data}: {why}")
+            name = "data"
+            if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
+                name = "val_data"
+            raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
         if cfg.max_iters < self.saved["step"]:
             step = self.saved["step"]
             why = f"the run is at step {step} already; leave the flag out, or give more"

@@ -42,7 +42,10 @@ class Stopwatch:
         if self.n_tokens == 0:
             return ""
         wait_for(self.device)
-        speed = self.n_tokens / (time.perf_counter() - self.started)
+        seconds = time.perf_counter() - self.started
+        speed = self.n_tokens / seconds
+        if seconds < 0.5:  # a few short steps say nothing about the rest
+            return f", {speed:,.0f} tokens/s"
         self.fastest = max(self.fastest, speed)
         if self.device.startswith("cpu") and speed < self.fastest / SLOWER and not self.has_noticed:
             self.has_noticed = True

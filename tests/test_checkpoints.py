@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 import data
 from lab.ladder import ROOT
@@ -25,6 +27,8 @@ STATE = {
     "step": 3,
     "history": {0: (4.0, 4.0), 3: (3.0, 3.5)},
 }
+
+TOKENIZER = {"json": Tokenizer(WordLevel({"a": 0})).to_str(), "n_vocab": 1, "end_of_text": [0]}
 
 
 class Trap:
@@ -149,12 +153,35 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_the_commit_that_reads_
     [
         {"step": -1}, {"history": {}}, {"history": {"0": (1.0, 1.0)}}, {"history": {0: 1.0}},
         {"history": {0: (1.0,)}}, {"history": {0: (1, 2)}}, {"history": {0: (1.0, math.inf)}},
+        {"seconds": -1.0}, {"seconds": math.nan}, {"seconds": None}, {"seconds": "1"},
+        {"tokenizer_content": None}, {"tokenizer_content": TOKENIZER | {"json": "x"}},
+        {"tokenizer_content": TOKENIZER | {"n_vocab": -1}},
+        {"tokenizer_content": TOKENIZER | {"n_vocab": "9"}},
+        {"tokenizer_content": TOKENIZER | {"end_of_text": 3}},
+        {"tokenizer_content": TOKENIZER | {"end_of_text": ["3"]}},
     ],
     ids=str,
 )
 def test_an_impossible_checkpoint_is_refused(path, changes):
     torch.save(STATE | changes, path)
     assert refused(path).startswith("damaged (its ")
+
+
+def test_a_clock_and_a_tokenizer_may_be_in_a_checkpoint(path):
+    more = {"seconds": 1.5, "tokenizer_content": TOKENIZER}
+    torch.save(STATE | more, path)
+    state = checkpoints.read_checkpoint(path)
+    assert {name: state[name] for name in more} == more
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_weights_that_are_no_real_numbers_are_refused(dtype):
+    model = torch.nn.Linear(2, 3, bias=False)
+    state = {"path": "latest.pt", "script": "linear", "model": {"weight": torch.ones(3, 2)}}
+    checkpoints.load_weights(model, state)
+    state["model"] = {"weight": torch.ones(3, 2, dtype=dtype)}
+    with pytest.raises(data.InputError, match="damaged: its weights don't fit its settings"):
+        checkpoints.load_weights(model, state)
 
 
 def test_a_missing_file_is_refused(tmp_path):

@@ -269,7 +269,7 @@ def test_interruptions_have_the_status_that_shells_expect(error, status):
 def test_ctrl_c_says_that_the_first_scripts_save_nothing(capsys):
     with pytest.raises(SystemExit), data.command_line():
         raise KeyboardInterrupt
-    why = "only v6d_checkpoints.py and the scripts after it save what they have trained"
+    why = "scripts before v6d_checkpoints.py save nothing of what they have trained"
     assert capsys.readouterr().err == f"stopped; {why}\n"
 
 

@@ -314,6 +314,22 @@ def test_numbers_too_large_for_float32_are_refused(tmp_path):
     assert "model.norm.weight has numbers that aren't finite" in refused_input(read, tmp_path, own)
 
 
+def test_numbers_too_large_for_the_dtype_of_the_model_are_refused(tmp_path):
+    stored = make_weights() | {"model.norm.weight": torch.full((3,), 1e6)}
+    save_file(stored, tmp_path / "model.safetensors")
+    own = {name: weight.half() for name, weight in stored.items()}
+    line = refused_input(read, tmp_path, own)
+    assert "model.norm.weight has numbers that aren't finite in float16" in line
+
+
+def test_a_weight_with_two_names_is_refused(tmp_path):
+    own = make_weights()
+    both = own | {"transformer.model.norm.weight": torch.zeros(3)}
+    save_file(both, tmp_path / "model.safetensors")
+    line = refused_input(read, tmp_path, own)
+    assert line.endswith("with and without transformer.: model.norm.weight")
+
+
 def test_parts_may_be_numbered_with_any_number_of_digits(tmp_path):
     rest = make_weights()
     first = {EMBEDDING: rest.pop(EMBEDDING)}
@@ -422,7 +438,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, number, dtype):
     save_file(stored, tmp_path / "model.safetensors")
     line = refused_input(read, tmp_path, make_weights())
     path = tmp_path / "model.safetensors"
-    assert line == f"--init_from {path}: {EMBEDDING} has numbers that aren't finite"
+    assert line == f"--init_from {path}: {EMBEDDING} has numbers that aren't finite in float32"
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn])
@@ -613,6 +629,14 @@ def test_a_model_is_never_replaced(tmp_path, name):
     why = 'already holds a model; name another folder, or "" to export nothing'
     assert line == f"--export {tmp_path}: {why}"
     assert (tmp_path / name).read_text(encoding="utf-8") == "mine"
+
+
+def test_an_export_that_was_killed_may_be_made_again(tmp_path):
+    for name in ("config.json", "model.safetensors.unfinished"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    model_files.check_export(tmp_path)
+    (tmp_path / "model.safetensors").write_text("mine", encoding="utf-8")
+    assert "already holds a model" in refused_input(model_files.check_export, tmp_path)
 
 
 @pytest.mark.parametrize("place", ["file", "file/below"])

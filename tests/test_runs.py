@@ -32,6 +32,7 @@ class Config:
     n_embd: int = setting("a size", 18)
     max_iters: int = setting("training steps", 5)
     data: str = setting("the text", "shakespeare")
+    val_data: str = setting("the text of validation", "")
     out_dir: str = setting("folder of the run", "")
     resume: bool = setting("continue a run", False)
     sample_only: bool = setting("only sample", False)
@@ -172,6 +173,8 @@ def test_a_resumed_run_needs_its_text_and_its_steps(tmp_path):
     saved = saved_run(tmp_path)
     with pytest.raises(data.InputError, match="--data shakespeare: not the text that this run"):
         make_run(tmp_path, saved, text="abab")
+    with pytest.raises(data.InputError, match="--val_data b.txt: not the text that this run"):
+        make_run(tmp_path, saved, text="abab", val_data="b.txt")
     with pytest.raises(data.InputError, match="--max_iters 2: the run is at step 3 already"):
         make_run(tmp_path, saved, max_iters=2)
 
@@ -467,6 +470,31 @@ def test_the_writer_of_a_checkpoint_without_a_setting_is_named(tmp_path, monkeyp
         writer = Path("part2_training", "v6d_checkpoints.py")
         why = f"written by {writer}, whose model has no n_kv_head; use that script"
         assert str(stop.value) == f"{tmp_path / name}: {why}"
+
+
+@dataclasses.dataclass
+class ParallelConfig(Config):
+    """The settings of a script with more of them."""
+
+    grad_accum_steps: int = setting("parts of a batch", 1)
+    minutes: float = setting("time for training", 0.0)
+
+
+@pytest.mark.parametrize(("name", "value"), [("grad_accum_steps", 2), ("minutes", 1.5)])
+def test_a_script_without_a_setting_does_not_drop_it(tmp_path, monkeypatch, name, value):
+    monkeypatch.chdir(ROOT)
+    for folder, changes in ((tmp_path / "with", {name: value}), (tmp_path / "without", {})):
+        cfg = ParallelConfig(out_dir=str(folder), **changes)
+        run = runs.Run(cfg, "x/v6d_checkpoints.py", data.CharTokenizer("ab"), "ab", {})
+        with run:
+            run.save(state_after(3), 3.5, 4.0)
+    assert read_settings("--resume", "--out_dir", str(tmp_path / "without"))[1]["step"] == 3
+    assert read_settings("--sample_only", "--out_dir", str(tmp_path / "with"))[1]["step"] == 3
+    with pytest.raises(data.InputError) as stop:
+        read_settings("--resume", "--out_dir", str(tmp_path / "with"))
+    writer = Path("part2_training", "v6d_checkpoints.py")
+    why = f"with --{name} {value}, which this script doesn't have; use that one"
+    assert str(stop.value).endswith(f"latest.pt: written by {writer} {why}")
 
 
 def test_the_best_weights_are_kept_without_averages(tmp_path):

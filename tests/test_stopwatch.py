@@ -210,5 +210,9 @@ def test_a_run_that_keeps_its_speed_says_nothing(gpu, capsys):
     assert speeds_and_notices(gpu, capsys, "cpu", 1.0, 2.9, 0.97, 2.8) == []
 
 
+def test_a_few_short_steps_are_not_compared(gpu, capsys):
+    assert speeds_and_notices(gpu, capsys, "cpu", 0.01, 0.1, 0.4) == []
+
+
 def test_a_slow_gpu_is_not_a_matter_of_threads(gpu, capsys):
     assert speeds_and_notices(gpu, capsys, "cuda", 1.0, 9.0) == []
