@@ -533,8 +533,8 @@ def main(argv: list[str] | None = None) -> None:
         print(f"model: {n_parameters:,} parameters, {cfg.dtype}, on {cfg.device}", file=sys.stderr)
         if not cfg.sample_only:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
-            train_data = np.array(tokenizer.encode(text[:n_train]), dtype=np.uint16)  # (n,)
-            val_data = np.array(tokenizer.encode(text[n_train:]), dtype=np.uint16)  # (n,)
+            train_data = np.array(tokenizer.encode(text[:n_train]), dtype=np.uint16)
+            val_data = np.array(tokenizer.encode(text[n_train:]), dtype=np.uint16)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
