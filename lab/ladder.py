@@ -40,6 +40,7 @@ PARENTS = {
     "v6d_checkpoints": "v6c_recipe",
     "v7a_sampling": "v6d_checkpoints",
     "v7b_kv_cache": "v7a_sampling",
+    "v8a_byte_pairs": "v7b_kv_cache",
     "v8b_gpt2_tokens": "v7b_kv_cache",
     "v8c_gpt2": "v8b_gpt2_tokens",
     "v8d_gpt2_weights": "v8c_gpt2",

@@ -93,23 +93,32 @@ def check_contents(state: dict, path: Path) -> None:
     seconds = state.get("seconds", 0.0)  # the clock of v10c
     if type(seconds) is not float or not 0 <= seconds < math.inf:
         raise InputError(f"{path}: damaged (its seconds are {seconds!r})")
-    if "tokenizer_content" in state:
-        check_tokenizer(state["tokenizer_content"], path)
+    checks = {"bpe": check_merges, "file": check_tokenizer_file}
+    if state["tokenizer"] in checks:
+        try:
+            fits = checks[state["tokenizer"]](state["tokenizer_content"])
+        except Exception:  # tokenizers has no class of its own for a damaged file
+            fits = False
+        if not fits:
+            raise InputError(f"{path}: damaged (its tokenizer can't be used)")
 
 
-def check_tokenizer(content: dict, path: Path) -> None:
-    """Raise InputError if a checkpoint's copy of a tokenizer.json can't be used."""
+def check_merges(content: dict) -> bool:
+    """Whether each merge that v8a has learned is of two tokens that come before it."""
+    ids_before = [range(256 + i) for i in range(len(content["merges"]))]
+    pairs = zip(content["merges"], ids_before, strict=True)
+    return all(first in ids and second in ids for (first, second), ids in pairs)
+
+
+def check_tokenizer_file(content: dict) -> bool:
+    """Whether a checkpoint's copy of a tokenizer.json can be used. Some mistakes raise errors."""
     from tokenizers import Tokenizer  # here, because only v11b and later need it
 
-    try:
-        Tokenizer.from_str(content["json"])
-        fits = type(content["n_vocab"]) is int and content["n_vocab"] > 0
-        ends = content["end_of_text"]
-        fits = fits and isinstance(ends, list) and all(type(token) is int for token in ends)
-    except Exception:  # tokenizers has no class of its own for a damaged file
-        fits = False
-    if not fits:
-        raise InputError(f"{path}: damaged (its tokenizer can't be used)")
+    Tokenizer.from_str(content["json"])
+    ends = content["end_of_text"]
+    if type(content["n_vocab"]) is not int or content["n_vocab"] < 1 or not isinstance(ends, list):
+        return False
+    return all(type(token) is int for token in ends)
 
 
 def from_here(path: Path) -> Path:

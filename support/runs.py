@@ -125,7 +125,7 @@ class Run:
         self.history = saved.get("history", {})  # step: (train loss, validation loss), in nats
         self.about = {  # what each of its checkpoints says about the run
             "script": Path(file).stem, "config": asdict(cfg), "tokenizer": tokenizer.name,
-            "characters": "".join(tokenizer.characters),
+            "characters": "".join(getattr(tokenizer, "characters", "")),
             "corpus": hashlib.sha256(corpus.encode("utf-8")).hexdigest(),
         }
         if hasattr(tokenizer, "content"):
@@ -300,3 +300,7 @@ class Run:
     def best(self) -> dict:
         """Load the checkpoint with the lowest validation loss."""
         return read_checkpoint(self.folder / "best.pt")
+
+    def best_loss(self) -> float:
+        """The lowest validation loss so far, in nats."""
+        return min(val_loss for _, val_loss in self.history.values())

@@ -44,7 +44,7 @@ def decode_stream(
     begin, end = 0, len(ids)  # tokens before begin aren't decoded again, those before end are shown
     n_shown = len(tokenizer.decode(ids))  # characters of the text from begin on
     for token in tokens:
-        if token.item() in tokenizer.end_of_text:
+        if token.item() in getattr(tokenizer, "end_of_text", ()):
             break
         ids.append(token.item())
         text = tokenizer.decode(ids[begin:])

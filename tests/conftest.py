@@ -36,6 +36,7 @@ TINY = {
     "device": "cpu",
     "max_new_tokens": 7,
     "tokenizer": "char",
+    "vocab_size": 270,
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
 VOCAB_SIZE = len(set(TEXT))

@@ -29,6 +29,7 @@ STATE = {
 }
 
 TOKENIZER = {"json": Tokenizer(WordLevel({"a": 0})).to_str(), "n_vocab": 1, "end_of_text": [0]}
+FILE = {"tokenizer": "file", "tokenizer_content": TOKENIZER}
 
 
 class Trap:
@@ -154,11 +155,17 @@ def test_a_checkpoint_of_an_older_version_is_refused_with_the_commit_that_reads_
         {"step": -1}, {"history": {}}, {"history": {"0": (1.0, 1.0)}}, {"history": {0: 1.0}},
         {"history": {0: (1.0,)}}, {"history": {0: (1, 2)}}, {"history": {0: (1.0, math.inf)}},
         {"seconds": -1.0}, {"seconds": math.nan}, {"seconds": None}, {"seconds": "1"},
-        {"tokenizer_content": None}, {"tokenizer_content": TOKENIZER | {"json": "x"}},
-        {"tokenizer_content": TOKENIZER | {"n_vocab": -1}},
-        {"tokenizer_content": TOKENIZER | {"n_vocab": "9"}},
-        {"tokenizer_content": TOKENIZER | {"end_of_text": 3}},
-        {"tokenizer_content": TOKENIZER | {"end_of_text": ["3"]}},
+        {"tokenizer": "file"}, {"tokenizer": "file", "tokenizer_content": None},
+        FILE | {"tokenizer_content": TOKENIZER | {"json": "x"}},
+        FILE | {"tokenizer_content": TOKENIZER | {"n_vocab": -1}},
+        FILE | {"tokenizer_content": TOKENIZER | {"n_vocab": "9"}},
+        FILE | {"tokenizer_content": TOKENIZER | {"end_of_text": 3}},
+        FILE | {"tokenizer_content": TOKENIZER | {"end_of_text": ["3"]}},
+        {"tokenizer": "bpe"}, {"tokenizer": "bpe", "tokenizer_content": {"merges": 3}},
+        {"tokenizer": "bpe", "tokenizer_content": {"merges": [(1, 256)]}},
+        {"tokenizer": "bpe", "tokenizer_content": {"merges": [(1, -2)]}},
+        {"tokenizer": "bpe", "tokenizer_content": {"merges": [(1, 2, 3)]}},
+        {"tokenizer": "bpe", "tokenizer_content": {"merges": [(1, "2")]}},
     ],
     ids=str,
 )
@@ -167,8 +174,11 @@ def test_an_impossible_checkpoint_is_refused(path, changes):
     assert refused(path).startswith("damaged (its ")
 
 
-def test_a_clock_and_a_tokenizer_may_be_in_a_checkpoint(path):
-    more = {"seconds": 1.5, "tokenizer_content": TOKENIZER}
+BYTE_PAIRS = {"tokenizer": "bpe", "tokenizer_content": {"merges": [(1, 2), (256, 3)]}}
+
+
+@pytest.mark.parametrize("more", [{"seconds": 1.5}, FILE, BYTE_PAIRS], ids=str)
+def test_a_clock_and_a_tokenizer_may_be_in_a_checkpoint(path, more):
     torch.save(STATE | more, path)
     state = checkpoints.read_checkpoint(path)
     assert {name: state[name] for name in more} == more

@@ -152,6 +152,22 @@ COURSE = {
             "LanguageModel.stream",
         ],
     },
+    "v8a_byte_pairs": {
+        "parent": "v7b_kv_cache",
+        "lesson": "learn tokens from the text: byte-pair encoding by hand",
+        "adds": [
+            "import re",
+            "from collections",
+            "from itertools",
+            "Config.vocab_size",
+            "WORD",
+            "learn_merges",
+            "merge",
+            "BytePairTokenizer",
+            "make_tokenizer",
+        ],
+        "changes": ["SIZES", "main"],
+    },
     "v8b_gpt2_tokens": {
         "parent": "v7b_kv_cache",
         "lesson": "read parts of words, from files that may be larger than the memory",

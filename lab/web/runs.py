@@ -223,6 +223,11 @@ def load_corpus(script: Any, cfg: Any) -> tuple[Any, np.ndarray, np.ndarray]:
         train_data, val_data = token_files.load_splits(cfg, tokenizer, "")
         return tokenizer, train_data, val_data
     text = data.load_text(cfg.data)
+    if hasattr(script, "BytePairTokenizer"):
+        n_train = len(text) * 9 // 10  # characters, as in its main()
+        tokenizer = script.make_tokenizer({}, text[:n_train], cfg.vocab_size)
+        splits = [tokenizer.encode(part) for part in (text[:n_train], text[n_train:])]
+        return tokenizer, *(np.array(tokens, dtype=np.uint16) for tokens in splits)  # (n,) each
     tokenizer = data.CharTokenizer(text)
     train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
     return tokenizer, train_data, val_data
