@@ -1,11 +1,12 @@
 """v8a_byte_pairs.py: learn what to read at a time: byte-pair encoding, by hand.
 
-Characters are short: a window of 64 of them is a line or two. Words are many, and a new one can't
-be written. Byte-pair encoding (Sennrich et al. 2016; on bytes: Radford et al. 2019, section 2.2)
-finds tokens in between. It starts from the 256 bytes, and then, again and again, makes a new token
-of the pair of neighbouring tokens that is most frequent in the training text:
+Characters are short: a window of 64 of them is a line or two. Words are too many, and one that
+isn't in the training text couldn't be encoded. Byte-pair encoding (Sennrich et al. 2016; on bytes:
+Radford et al. 2019, section 2.2) finds tokens in between. It starts from the 256 bytes, and then,
+again and again, makes a new token of the pair of neighbouring tokens that is most frequent in the
+training text (here, _ is a space):
 
-    t h e   t h a t     ->     th e   th a t     ->     the   th a t
+    t h e _ t h e n     ->     t he _ t he n     ->     the _ the n
 
 The pairs, in this order, are all that is learned. To encode a text, merge the same pairs in the
 same order. Any text can be encoded, because any text is bytes. Pairs don't reach across words, so
@@ -83,14 +84,14 @@ class Config:
 
 
 SIZES = ["vocab_size", "block_size", "n_embd", "n_head", "n_layer"]  # that a resumed run must keep
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word or other characters, with the space before it
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # letters or signs with one space before; or spaces
 
 
 def learn_merges(text: str, vocab_size: int) -> list[tuple[int, int]]:
     """Return the pairs of token ids to merge, in order: vocab_size - 256 or all that there are."""
     word_counts = Counter(WORD.findall(text))
     words = {word: list(word.encode("utf-8")) for word in word_counts}  # as tokens, at first bytes
-    pair_counts, where = Counter(), defaultdict(set)  # of each pair: how often, and in which words
+    pair_counts, where = Counter(), defaultdict(set)  # of each pair: how often, and words with it
     for word, ids in words.items():
         for pair in pairwise(ids):
             pair_counts[pair] += word_counts[word]
@@ -137,7 +138,7 @@ class BytePairTokenizer:
         self.n_vocab = len(self.tokens)
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Unlike CharTokenizer's, it needs no flag: any text can be encoded."""
+        """Text to token ids. It has no use for flag, because it can encode any text."""
         words = WORD.findall(text)
         ids = {word: self.encode_word(word) for word in set(words)}
         return [token for word in words for token in ids[word]]
