@@ -557,7 +557,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
     The checkpoint is latest.pt with --resume and best.pt with --sample_only. The released model is
-    what its config.json says, by our names, and its folder. What a run doesn't have is empty.
+    a dict: its settings, by our names, and its "folder". A dict that a run doesn't need is empty.
     Raises data.InputError for flags that contradict each other.
     """
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
@@ -597,7 +597,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if released:
         own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)  # into the model, because own has no copies
+            own[name].copy_(weight)  # changes the model, whose numbers own shares
     return model.to(cfg.device)
 
 
@@ -628,7 +628,7 @@ def main(argv: list[str] | None = None) -> None:
                 history = train(model, train_data, val_data, cfg, run)
             print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
             saved = run.best()
-        if saved:  # not if the run only samples from a released model
+        if saved:  # empty if the run only samples from a released model
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:

@@ -4,8 +4,8 @@ The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-
 small changes. These are for a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
-- zero_init: layers that add to x start at zero, so at first each block changes nothing; and so does
-  the last layer, so at first all characters are equally likely.
+- zero_init: layers that add to x start at zero, so at first each block changes nothing. The last
+  layer starts at zero, too, so at first all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
 - smear: a gate decides how much of the previous embedding is added.
@@ -13,8 +13,8 @@ small changes. These are for a small model on characters:
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
 
---no-bigrams, for example, switches one of them off. Two more changes have no switch: the other
-initial weights are PyTorch's own, and only the matrices of the blocks decay.
+--no-bigrams, for example, switches one of them off. Two more changes have no switch: initial
+weights that aren't zero are PyTorch's own, and only the matrices of the blocks decay.
 
 New here: the eight switches, and those two changes.
 Run it:   python part6_speedrun/v10b_tricks.py
@@ -127,7 +127,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,), embed's
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.

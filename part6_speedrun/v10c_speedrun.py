@@ -142,7 +142,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,), embed's
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -521,9 +521,9 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
     """How much of a run is over, from 0 to 1: of its steps or, with --minutes, also of its time.
 
-    The larger of the two counts. seconds: how long the run has taken so far.
+    It is the larger of the two. seconds: how long the run has taken so far.
     """
-    if step >= cfg.max_iters:  # which may be 0
+    if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
     progress = step / cfg.max_iters
     if cfg.minutes > 0:
@@ -582,7 +582,7 @@ def checkpoint(
             "adamw": adamw.state_dict()["state"],  # its m, v and steps, no settings
         },
         "step": step,  # the learning rate and the random numbers follow from it
-        "seconds": seconds,  # and with --minutes, the learning rate from these
+        "seconds": seconds,  # with --minutes, the learning rate follows from these
     }
 
 

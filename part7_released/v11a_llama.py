@@ -9,11 +9,11 @@ Llama 3, Qwen2 and Qwen3 are v9d with a few more settings:
   scores from growing until training diverges (Dehghani et al. 2023, section 2).
 - tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
   saves a large part of a small model.
-- rope_theta: the larger the base, the slower the slowest rotations, which tell distances of many
-  thousands of tokens apart.
-- rope_factor: Llama 3.1 was first trained on original_max_position_embeddings tokens. To extend
-  that context, it divides frequencies by rope_factor: those that make at most one turn in it
-  (rope_low_freq_factor), but not those that make at least four (rope_high_freq_factor).
+- rope_theta: the larger the base, the slower the slowest rotations, which large distances need.
+- rope_factor: Llama 3.1 was first trained with a context of original_max_position_embeddings
+  tokens. To extend it, slow frequencies are divided by rope_factor: those that make at most
+  rope_low_freq_factor turns in that context. Those that make at least rope_high_freq_factor turns
+  stay as they are, and in between, the change is gradual.
 - rms_norm_eps: the number that RMSNorm adds. Queries, keys and released weights may be bfloat16, so
   RMSNorm now computes its mean in float32.
 
@@ -88,9 +88,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
+    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
 
 
 SIZES = [  # a run that is resumed must keep these
@@ -310,7 +310,7 @@ class LanguageModel(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.block_size = cfg.block_size
-        self.cfg = cfg  # the settings of the rotation
+        self.cfg = cfg  # rotation_angles needs it
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)

@@ -87,9 +87,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
+    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
 
 
@@ -344,7 +344,7 @@ class LanguageModel(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.block_size = cfg.block_size
-        self.cfg = cfg  # the settings of the rotation
+        self.cfg = cfg  # rotation_angles needs it
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)

@@ -10,8 +10,8 @@ takes half as much memory as float32 (--dtype float32 converts them). They are c
 memory never holds all of them twice. Training needs float32.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
-from a released model (--init_from), of which read_settings returns what its config.json says, by
-our names, and its folder.
+from a released model (--init_from). Of that, read_settings returns a dict with its settings, by our
+names, and its "folder".
 
 New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_as_released and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
@@ -40,7 +40,7 @@ from data import setting
 from support import batches, checkpoints, hardware, llama_files, model_files, runs, terminal
 from support.stopwatch import Stopwatch
 
-# Our names and those in the released files. The order counts: query_norm comes before query.
+# Our names and those in the released files. query_norm comes before query, which is a part of it.
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
@@ -111,9 +111,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("fewer turns count as slow", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("more turns count as fast", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context before rope_factor", 8192, least=1)
+    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
     init_from: str = setting("start from this folder or repository", "")
     export: str = setting("folder to write the best weights to", "")
@@ -370,7 +370,7 @@ class LanguageModel(nn.Module):
     def __init__(self, cfg: Config, vocab_size: int) -> None:
         super().__init__()
         self.block_size = cfg.block_size
-        self.cfg = cfg  # the settings of the rotation
+        self.cfg = cfg  # rotation_angles needs it
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
@@ -646,7 +646,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
         model.lm_head.weight = model.token_embedding.weight
     own = weights_as_released(model)
     for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # into the model, because own has no copies
+        own[name].copy_(weight)  # changes the model, whose numbers own shares
     return model.to(cfg.device)
 
 
@@ -676,7 +676,7 @@ def main(argv: list[str] | None = None) -> None:
                 history = train(model, train_data, val_data, cfg, run)
             print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
             saved = run.best()
-        if saved:  # not if the run only samples from a released model
+        if saved:  # empty if the run only samples from a released model
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
