@@ -84,7 +84,7 @@ class Config:
 
 
 SIZES = ["vocab_size", "block_size", "n_embd", "n_head", "n_layer"]  # that a resumed run must keep
-WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # letters or signs with one space before; or spaces
+WORD = re.compile(r" ?\w+| ?[^\w\s]+|\s+")  # a word or signs, with one space before; or spaces
 
 
 def learn_merges(text: str, vocab_size: int) -> list[tuple[int, int]]:
