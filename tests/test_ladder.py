@@ -192,14 +192,11 @@ COURSE = {
     "v8c_gpt2": {
         "parent": "v8b_gpt2_tokens",
         "lesson": "take over the architecture of the released models",
-        "adds": ["PRESETS", "Config.norm", "Config.preset", "read_settings"],
+        "adds": ["PRESETS", "Config.preset", "read_settings"],
         "changes": [
             "SIZES",
             "MultiHeadAttention.__init__",
             "FeedForward.forward",
-            "Block",
-            "Block.__init__",
-            "Block.forward",
             "LanguageModel.__init__",
             "LanguageModel.forward",
             "main",
@@ -210,7 +207,6 @@ COURSE = {
         "lesson": "start from released weights, and write weights that others can load",
         "adds": [
             "GPT2_NAMES",
-            "GPT1_NAMES",
             "FINE_TUNING",
             "Config.init_from",
             "Config.export",
