@@ -65,7 +65,8 @@ def find_folder(name: str, kind: str = "gpt2") -> Path:
 def read_config(folder: Path, kind: str = "gpt2") -> dict[str, Any]:
     """Return a model's settings by our names, its "folder", and its "characters", if it has any.
 
-    Raises InputError if config.json is damaged or describes a model unlike ours.
+    kind: its model_type. Only a GPT-1 may have tokens of its own, in a tokenizer.json. Raises
+    InputError if config.json is damaged or describes a model unlike ours.
     """
     path = folder / "config.json"
     config = model_files.read_json(path, "--init_from")
@@ -86,12 +87,15 @@ def read_config(folder: Path, kind: str = "gpt2") -> dict[str, Any]:
     if config["n_embd"] % config["n_head"] != 0:
         raise InputError(f"--init_from {path}: its n_embd is not a multiple of its n_head")
     characters = model_files.read_characters(config, path)
-    if characters or kind == "gpt2":
+    tokenizer = "char" if characters else "gpt2"
+    if kind == "openai-gpt" and not characters and (folder / "tokenizer.json").exists():
+        tokenizer = str(folder / "tokenizer.json")
+    else:
         check_vocabulary(config["vocab_size"], characters, path)
     return {
         "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
-        "block_size": config["n_positions"], "folder": folder,
-        "tokenizer": "char" if characters else "gpt2", "characters": characters,
+        "block_size": config["n_positions"], "folder": folder, "tokenizer": tokenizer,
+        "characters": characters,
     }
 
 

@@ -221,6 +221,29 @@ COURSE = {
         "adds": ["Config.grad_accum_steps", "share_gradients"],
         "changes": ["from support", "train_step", "train", "read_settings", "main"],
     },
+    "v8f_gpt1": {
+        "parent": "v8c_gpt2",
+        "lesson": "normalise after each addition, and read other tokens, as GPT-1 did",
+        "adds": [
+            "from pathlib",
+            "from tokenizers",
+            "Config.init_from",
+            "Config.export",
+            "GPT1Tokenizer",
+        ],
+        "changes": [
+            "from support",
+            "PRESETS",
+            "Config.tokenizer",
+            "make_tokenizer",
+            "Block",
+            "Block.forward",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+            "read_settings",
+            "main",
+        ],
+    },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
         "lesson": "normalise by size alone, and leave out the biases",
@@ -519,7 +542,7 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v11b_tokenizer", "v11c_llama_weights"):
+    if script in ("v8f_gpt1", "v11b_tokenizer", "v11c_llama_weights"):
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 
