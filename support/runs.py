@@ -145,8 +145,8 @@ class Run:
             if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
                 name = "val_data"
             raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
-        if cfg.max_iters < self.saved["step"]:
-            step = self.saved["step"]
+        step = self.saved["step"]
+        if getattr(cfg, "max_iters", step) < step:
             why = f"the run is at step {step} already; leave the flag out, or give more"
             raise InputError(f"--max_iters {cfg.max_iters}: {why}")
 

@@ -244,6 +244,13 @@ COURSE = {
             "main",
         ],
     },
+    "v8g_epochs": {
+        "parent": "v8f_gpt1",
+        "lesson": "go through the text in epochs: every window once, then all of them again",
+        "replaces": ["Config.max_iters", "Config.eval_interval"],
+        "adds": ["Config.epochs", "Config.subset", "choose_windows", "epoch_batches"],
+        "changes": ["SIZES", "learning_rate_at", "train_step", "train"],
+    },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
         "lesson": "normalise by size alone, and leave out the biases",
@@ -542,7 +549,7 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v8f_gpt1", "v11b_tokenizer", "v11c_llama_weights"):
+    if script in ("v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights"):
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 
