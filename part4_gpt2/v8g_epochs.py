@@ -58,7 +58,7 @@ class Config:
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
-    epochs: int = setting("times that each window is trained on", gpu=20, cpu=2)
+    epochs: int = setting("times that each window is trained on", gpu=20, cpu=1)
     subset: int = setting("windows to train on; 0 is all", 0)
     eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", 1337)
