@@ -413,26 +413,25 @@ def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
 
     Raises data.InputError if the text has fewer windows than --subset.
     """
-    starts = np.arange(0, len(tokens) - cfg.block_size, cfg.block_size)  # (n_windows,)
+    n_windows = (len(tokens) - 1) // cfg.block_size
+    starts = np.arange(n_windows) * cfg.block_size  # (n_windows,)
     if cfg.subset == 0:
         return starts
-    if cfg.subset > len(starts):
-        why = f"the text has only {len(starts):,} windows; leave it out to train on all of them"
+    if cfg.subset > n_windows:
+        why = f"the text has only {n_windows:,} windows; leave it out to train on all of them"
         raise data.InputError(f"--subset {cfg.subset}: {why}")
     return np.random.default_rng(cfg.seed).choice(starts, cfg.subset, replace=False)  # (subset,)
 
 
-def epoch_batches(
-    windows: np.ndarray, epoch: int, n_done: int, cfg: Config
-) -> Iterator[np.ndarray]:
+def epoch_batches(windows: np.ndarray, epoch: int, first: int, cfg: Config) -> Iterator[np.ndarray]:
     """Shuffle the windows, and yield them in batches, int (B,), with a progress bar.
 
-    The order follows from the seed and the epoch. n_done: the batches that a resumed run has had.
+    The order follows from the seed and the epoch. first: the number of the batch to begin with.
     """
     order = np.random.default_rng([cfg.seed, epoch]).permutation(windows)  # (n,)
     begins = range(0, len(order), cfg.batch_size)
-    with tqdm(total=len(begins), initial=n_done, desc=f"epoch {epoch + 1} of {cfg.epochs}") as bar:
-        for begin in begins[n_done:]:
+    with tqdm(total=len(begins), initial=first, desc=f"epoch {epoch + 1} of {cfg.epochs}") as bar:
+        for begin in begins[first:]:
             yield order[begin : begin + cfg.batch_size]  # the last one may be smaller
             bar.update()
 
@@ -491,7 +490,7 @@ def train(
     """
     hardware.keep_freed_memory()
     optimizer = make_optimizer(model, cfg)
-    windows = choose_windows(train_data, cfg)  # (n,)
+    windows = choose_windows(train_data, cfg)
     n_batches = math.ceil(len(windows) / cfg.batch_size)  # in an epoch
     n_steps = cfg.epochs * n_batches
     if cfg.warmup_iters > n_steps / 2:
