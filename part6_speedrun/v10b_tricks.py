@@ -8,7 +8,7 @@ small changes. These are for a small model on characters:
   layer starts at zero, too, so at first all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
-- smear: a gate decides how much of the previous embedding is added.
+- smear: a gate decides how much of the previous embedding, normalised, is added.
 - value_embeddings: each block mixes an embedding of the character into its values.
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
@@ -127,7 +127,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -313,17 +313,17 @@ class LanguageModel(nn.Module):
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
         # PyTorch's initial weights, except that with zero_init, these start at zero.
         for name, parameter in self.named_parameters():
-            is_last = "projection" in name or "lm_head" in name
-            if cfg.zero_init and (is_last or "bigram" in name):
+            adds_to_x = "projection" in name or "bigram" in name
+            if cfg.zero_init and (adds_to_x or "lm_head" in name):
                 nn.init.zeros_(parameter)
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
         # The token before each one; 0 before the first of a window.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
-        if caches is not None:
+        if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
-            caches[0].last_token = idx[:, -1]  # (B,), for the next call
+            caches[0].last_token = idx[:, -1]  # (B,)
         previous = torch.cat((last_token[:, None], idx[:, :-1]), dim=1)  # (B, T)
         x = self.token_embedding(idx)  # (B, T, n_embd)
         if self.cfg.bigrams:
@@ -408,7 +408,12 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
     if cfg.temperature < 1e-6:  # dividing by so little would overflow
@@ -492,10 +497,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    embeddings = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
+    no_decay = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": embeddings, "weight_decay": 0.0},
+        {"params": no_decay, "weight_decay": 0.0},
         {"params": [model.lm_head.weight], "weight_decay": 0.0, "is_head": True},
         {"params": vectors, "weight_decay": 0.0},
     ]

@@ -93,7 +93,7 @@ class Config:
     original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
 
 
-SIZES = [  # a run that is resumed must keep these
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
     "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
     "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
@@ -311,6 +311,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.block_size = cfg.block_size
         self.cfg = cfg  # rotation_angles needs it
+        if cfg.rope_low_freq_factor >= cfg.rope_high_freq_factor:
+            raise data.InputError("--rope_low_freq_factor: must be below --rope_high_freq_factor")
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
@@ -391,7 +393,12 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
     if cfg.temperature < 1e-6:  # dividing by so little would overflow

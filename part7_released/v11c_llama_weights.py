@@ -6,8 +6,8 @@ v11a has. The weights are in model.safetensors or, for larger models, in several
 LLAMA_NAMES says where each tensor goes.
 
 With --sample_only, the weights keep the dtype of the files, which is bfloat16 for most models and
-takes half as much memory as float32 (--dtype float32 converts them). They are copied one by one, so
-memory never holds all of them twice. Training needs float32.
+takes half as much memory as float32 (--dtype float32 converts them), and so does the cache. They
+are copied one by one, so memory never holds all of them twice. Training needs float32.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
 from a released model (--init_from). Of that, read_settings returns a dict with its settings, by our
@@ -119,7 +119,7 @@ class Config:
     export: str = setting("folder to write the best weights to", "")
 
 
-SIZES = [  # a run that is resumed must keep these
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
     "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
     "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
@@ -371,6 +371,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.block_size = cfg.block_size
         self.cfg = cfg  # rotation_angles needs it
+        if cfg.rope_low_freq_factor >= cfg.rope_high_freq_factor:
+            raise data.InputError("--rope_low_freq_factor: must be below --rope_high_freq_factor")
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
@@ -451,7 +453,12 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
     if cfg.temperature < 1e-6:  # dividing by so little would overflow
