@@ -11,8 +11,7 @@ is GPT-3's (Brown et al. 2020, appendix B), with values for a small model and a 
 
 - Warm-up: the learning rate rises linearly, while m and v still come from few batches.
 - Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3 ends at a tenth.
-- Clipping: if the norm of all gradients together is above 1, they are scaled down to norm 1, so
-  that one odd batch does little harm.
+- Clipping: a gradient whose norm is above 1 is scaled down to 1, so one odd batch does little harm.
 - Weight decay pulls matrices and embeddings towards 0, but not biases and LayerNorm's weights. It
   is 0.1 as in GPT-3, and 0.3 on the CPU. Before, PyTorch's default of 0.01 applied to all weights.
 - beta2 is 0.99, so v averages over about 1 / (1 - 0.99) = 100 steps. PyTorch's default is 0.999,
@@ -256,7 +255,7 @@ def learning_rate_at(step: int, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    progress = (step - cfg.warmup_iters) / (cfg.max_iters - cfg.warmup_iters)  # 0 to 1
+    progress = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)  # 0 to 1
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 

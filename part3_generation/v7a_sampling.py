@@ -317,7 +317,7 @@ def learning_rate_at(step: int, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    progress = (step - cfg.warmup_iters) / (cfg.max_iters - cfg.warmup_iters)  # 0 to 1
+    progress = (step - cfg.warmup_iters) / max(1, cfg.max_iters - cfg.warmup_iters)  # 0 to 1
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
