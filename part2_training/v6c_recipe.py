@@ -6,16 +6,15 @@ For each weight w with gradient g, AdamW keeps averages of g and of its square o
     v = beta2 * v + (1 - beta2) * g**2
     w = w - learning_rate * (m / (sqrt(v) + 1e-8) + weight_decay * w)
 
-(m and v start at 0 and are too small at first, so AdamW also scales them up.) The recipe around it
-is GPT-3's (Brown et al. 2020, appendix B), with values for a small model and a short run:
+(m and v start at 0, so AdamW scales them up at first.) The recipe around it is GPT-3's (Brown et al.
+2020, appendix B), with values for a small model and a short run:
 
 - Warm-up: the learning rate rises linearly, while m and v still come from few batches.
 - Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3 ends at a tenth.
 - Clipping: a gradient whose norm is above 1 is scaled down to 1, so one odd batch does little harm.
 - Weight decay pulls matrices and embeddings towards 0, but not biases and LayerNorm's weights. It
   is 0.1 as in GPT-3, and 0.3 on the CPU. Before, PyTorch's default of 0.01 applied to all weights.
-- beta2 is 0.99, so v averages over about 1 / (1 - 0.99) = 100 steps. PyTorch's default is 0.999,
-  GPT-3 has 0.95. beta1 is 0.9 everywhere.
+- beta2 is 0.99: v averages over about 100 steps. PyTorch's default is 0.999, GPT-3's 0.95.
 
 The peak of the learning rate is 3e-3 on the CPU (v6b: 2e-3) and 1e-3 on a GPU (v6b: 3e-4). Nearly
 all of the gain comes from its decay (part2_training/README.md has the loss without each part).
