@@ -14,13 +14,13 @@ Three changes save time. What is computed stays the same, except for rounding:
 
 The log now shows tokens/s, not counting loss estimates and the first step, in which the model is
 compiled. Two functions of support/hardware.py also save time: to_device copies a batch to a GPU
-while Python goes on, and keep_freed_memory lets the program use its freed memory again. Otherwise
-that goes back to the system, which fills it with zeros first.
+while Python goes on, and keep_freed_memory lets the program reuse the memory that it frees.
+Otherwise the system takes it back, and fills it with zeros before handing it out again.
 
 New here: choose_dtype, autocast, --dtype, --compile, fused=True, tokens/s in the log.
 Run it:   python part2_training/v6b_fast.py
-Expect:   a validation loss of about 1.67 with the CPU defaults, as in v6a_fused_attention.py within
-          seed noise. A model as small as this one trains hardly faster.
+Expect:   a validation loss of about 1.67 with the CPU defaults, as in v6a_fused_attention.py, up to
+          seed noise. A model this small trains hardly any faster.
 Diff:     git diff --no-index part2_training/v6a_fused_attention.py part2_training/v6b_fast.py
 """
 
@@ -277,7 +277,7 @@ def train(
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # a text, ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -290,7 +290,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # but not the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return history
 

@@ -6,18 +6,19 @@ For each weight w with gradient g, AdamW keeps averages of g and of its square o
     v = beta2 * v + (1 - beta2) * g**2
     w = w - learning_rate * (m / (sqrt(v) + 1e-8) + weight_decay * w)
 
-(m and v start at 0, so AdamW scales them up at first.) The recipe around it is GPT-3's (Brown et al.
+(As they start at 0, m and v are scaled up at first.) The recipe around it is GPT-3's (Brown et al.
 2020, appendix B), with values for a small model and a short run:
 
 - Warm-up: the learning rate rises linearly, while m and v still come from few batches.
-- Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3 ends at a tenth.
-- Clipping: a gradient whose norm is above 1 is scaled down to 1, so one odd batch does little harm.
+- Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3's falls to a tenth.
+- Clipping: gradients whose norm, all together, is above 1 are scaled down to norm 1, so that one odd
+  batch does little harm.
 - Weight decay pulls matrices and embeddings towards 0, but not biases and LayerNorm's weights. It
-  is 0.1 as in GPT-3, and 0.3 on the CPU. Before, PyTorch's default of 0.01 applied to all weights.
+  is 0.1 on a GPU, as in GPT-3, and 0.3 on the CPU. v6b had PyTorch's 0.01, for all weights.
 - beta2 is 0.99: v averages over about 100 steps. PyTorch's default is 0.999, GPT-3's 0.95.
 
-The peak of the learning rate is 3e-3 on the CPU (v6b: 2e-3) and 1e-3 on a GPU (v6b: 3e-4). Nearly
-all of the gain comes from its decay (part2_training/README.md has the loss without each part).
+The learning rate's peak is 3e-3 on the CPU (v6b: 2e-3) and 1e-3 on a GPU (v6b: 3e-4). Its decay
+brings nearly all of the gain (part2_training/README.md has the loss without each part).
 
 New here: make_optimizer, learning_rate_at, clipping.
 Run it:   python part2_training/v6c_recipe.py
@@ -305,7 +306,7 @@ def train(
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # a text, ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -318,7 +319,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # but not the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return history
 

@@ -7,21 +7,21 @@ step's number. So a run that is resumed ends with the same weights, to the last 
 never stopped. (Not on a GPU, which adds up numbers in a varying order, so that rounding differs.)
 
 Each loss estimate now uses the same batches, spread evenly over the text, so that the lowest loss
-belongs to the best weights. On the CPU there are 75, enough to cover the validation split. A run
-has three files:
+belongs to the best weights. On the CPU, an estimate takes 75 batches, enough to cover the whole
+validation split. A run has three files:
 
     latest.pt    the state after the last loss estimate, or when the run was stopped with Ctrl-C
     best.pt      the weights with the lowest validation loss; the sample comes from them
     log.jsonl    one line of JSON for each loss estimate
 
-A file is only replaced when the new one is complete, so a crash or a full disk can't harm the old.
+A new file takes the place of the old one when it is complete, so that a crash or a full disk can
+do no harm.
 
 New here: checkpoint, restore, a seed for each step, --out_dir, --resume, --sample_only.
 Run it:   python part2_training/v6d_checkpoints.py
           python part2_training/v6d_checkpoints.py --resume    # after Ctrl-C
           python part2_training/v6d_checkpoints.py --sample_only --prompt "ROMEO:"
-Expect:   a validation loss of about 1.59 with the CPU defaults, as in v6c_recipe.py within seed
-          noise.
+Expect:   a validation loss of about 1.59 with the CPU defaults, up to seed noise that of v6c.
 Diff:     git diff --no-index part2_training/v6c_recipe.py part2_training/v6d_checkpoints.py
 """
 
@@ -303,7 +303,7 @@ def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int
     """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and counts, not its settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
@@ -336,7 +336,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # a text, ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -352,7 +352,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # but not the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(saved.get("characters", text))  # an old run keeps its own
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 

@@ -11,8 +11,8 @@ Four settings change the logits before the softmax, in this order:
     top_p p                keep only the most likely tokens, just enough for their probabilities to
                            reach p (Holtzman et al. 2020)
 
-A temperature of 0 always takes the most likely token. The others are off by default: a penalty of
-1, a top_k of 0 and a top_p of 1 (or 0) change nothing.
+All are off by default: a penalty or temperature of 1, a top_k of 0 and a top_p of 1 (or 0) change
+nothing. A temperature of 0 always takes the most likely token.
 
 The text appears while it is generated, because the model yields each token as soon as it is chosen.
 support/terminal.py shows the text, ends it at --stop, and reads --prompt_file.
@@ -20,7 +20,7 @@ support/terminal.py shows the text, ends it at --stop, and reads --prompt_file.
 New here: choose_token and its filters; stream, which replaces generate; --num_samples.
 Run it:   python part3_generation/v7a_sampling.py --sample_only --prompt "ROMEO:" --temperature 0.8
           python part3_generation/v7a_sampling.py
-Expect:   the losses of v6d_checkpoints.py, whose runs --sample_only can sample from, too.
+Expect:   the losses of v6d_checkpoints.py. --sample_only also takes a run of v6d.
 Diff:     git diff --no-index part2_training/v6d_checkpoints.py part3_generation/v7a_sampling.py
 """
 
@@ -251,12 +251,12 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, just enough for probability p; set other logits to -inf.
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # From the least likely token up, drop tokens whose total probability is at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
     drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
@@ -272,7 +272,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # 0 is greedy, and a division by less could overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -355,7 +355,7 @@ def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int
     """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and counts, not its settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
@@ -388,7 +388,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # a text, ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -404,7 +404,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # but not the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -418,7 +418,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(saved.get("characters", text))  # an old run keeps its own
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

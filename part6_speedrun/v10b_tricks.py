@@ -233,7 +233,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal counts queries from 0, so a single new one would only see key 0; it may see all.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -398,12 +398,12 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, just enough for probability p; set other logits to -inf.
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # From the least likely token up, drop tokens whose total probability is at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
     drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
@@ -419,7 +419,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # 0 is greedy, and a division by less could overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -560,7 +560,7 @@ def checkpoint(model: LanguageModel, optimizers: list[torch.optim.Optimizer], st
         "model": model.state_dict(),
         "optimizer": {
             "muon": muon.state_dict()["state"],  # its averages
-            "adamw": adamw.state_dict()["state"],  # its m, v and counts, not its settings
+            "adamw": adamw.state_dict()["state"],  # its m, v and step counts, no settings
         },
         "step": step,  # the learning rate and the random numbers follow from it
     }
@@ -596,7 +596,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # a text, ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -612,7 +612,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizers, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # but not the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -626,7 +626,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(saved.get("characters", text))  # an old run keeps its own
+        tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
