@@ -10,9 +10,8 @@ For each weight w with gradient g, AdamW keeps averages of g and of its square o
 2020, appendix B), with values for a small model and a short run:
 
 - Warm-up: the learning rate rises linearly, while m and v still come from few batches.
-- Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3's falls to a tenth.
-- Clipping: gradients whose norm, all together, is above 1 are scaled down to norm 1, so that one odd
-  batch does little harm.
+- Decay: then it falls to 0 along half a cosine, so that the weights settle (in GPT-3, to a tenth).
+- Clipping: if all gradients together have a norm above 1, they are scaled down to norm 1.
 - Weight decay pulls matrices and embeddings towards 0, but not biases and LayerNorm's weights. It
   is 0.1 on a GPU, as in GPT-3, and 0.3 on the CPU. v6b had PyTorch's 0.01, for all weights.
 - beta2 is 0.99: v averages over about 100 steps. PyTorch's default is 0.999, GPT-3's 0.95.

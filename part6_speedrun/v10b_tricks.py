@@ -1,24 +1,25 @@
 """v10b_tricks.py: the small changes behind the speed records, each with a switch.
 
-The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-nanogpt) add up many
-small changes. These are for a small model on characters:
+The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-nanogpt) combine
+many small changes. These are for a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
 - zero_init: layers that add to x start at zero, so at first each block changes nothing. The last
-  layer starts at zero, too, so at first all characters are equally likely.
+  layer starts at zero, too, so at first all characters are equally likely. It learns in the first
+  step, and the others from the second on.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
-- smear: a gate decides how much of the previous embedding, normalised, is added.
+- smear: a gate decides how much of the previous character's embedding is added.
 - value_embeddings: each block mixes an embedding of the character into its values.
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
 
---no-bigrams, for example, switches one of them off. Two more changes have no switch: initial
-weights that aren't zero are PyTorch's own, and only the matrices of the blocks decay.
+--no-bigrams, for example, switches one of them off. Two more changes have no switch: other
+weights start as PyTorch initialises them, and weight decay is for the blocks' matrices alone.
 
 New here: the eight switches, and those two changes.
 Run it:   python part6_speedrun/v10b_tricks.py
-Expect:   a validation loss of about 1.54; v10a_muon.py's is 1.51. They pay off in v10c.
+Expect:   a validation loss of about 1.54, where v10a_muon.py has 1.51: the changes pay off in v10c.
 Diff:     git diff --no-index part6_speedrun/v10a_muon.py part6_speedrun/v10b_tricks.py
 """
 
@@ -311,7 +312,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # PyTorch's initial weights, except that with zero_init, these start at zero.
+        # All others start with PyTorch's own initial weights.
         for name, parameter in self.named_parameters():
             adds_to_x = "projection" in name or "bigram" in name
             if cfg.zero_init and (adds_to_x or "lm_head" in name):
@@ -319,7 +320,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before each one; 0 before the first of a window.
+        # The id of the token before each one. The first in a window has none, and gets the id 0.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)

@@ -1,14 +1,14 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
 A schedule in steps has to know how fast the machine is. With --minutes, the clock takes the place
-of the steps: progress is the fraction of the time that is over, so the learning rate reaches zero
-when the time ends, on a laptop as well as on a server. More time pays off best in a larger model,
-so the defaults for the sizes, the learning rate and so on then come from BUDGETS, which trials on
-two CPU cores have found.
+of the steps: progress is the fraction of the time that has passed, so the learning rate reaches
+zero when the time ends, on a laptop as well as on a server. More time pays off best in a larger
+model, so the defaults for the sizes, the learning rate and so on then come from BUDGETS. Trials on
+two CPU cores have found them.
 
-The time is that of training and of the loss estimates in it. A run by the clock isn't reproducible
-to the bit, because no two runs get equally far. Its checkpoints say how many seconds it has
-trained, so that --resume goes on where it stopped.
+The time includes training and its loss estimates, nothing else. A run by the clock isn't
+reproducible to the bit, because no two runs get equally far. Its checkpoints say how many seconds
+it has trained, so that --resume goes on where it stopped.
 
 New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
@@ -50,7 +50,7 @@ LONGEST = {
     **SHORT, "batch_size": 3, "n_embd": 384, "n_head": 6, "n_kv_head": 6, "learning_rate": 5e-3,
     "eval_interval": 2000, "eval_iters": 73,
 }
-BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes: settings
+BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes, in ascending order: settings
 
 
 @dataclass
@@ -326,7 +326,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # PyTorch's initial weights, except that with zero_init, these start at zero.
+        # All others start with PyTorch's own initial weights.
         for name, parameter in self.named_parameters():
             adds_to_x = "projection" in name or "bigram" in name
             if cfg.zero_init and (adds_to_x or "lm_head" in name):
@@ -334,7 +334,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before each one; 0 before the first of a window.
+        # The id of the token before each one. The first in a window has none, and gets the id 0.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -527,9 +527,9 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """How much of a run is over, from 0 to 1: of its steps or, with --minutes, also of its time.
+    """How much of a run's steps is done or, with --minutes, of its time if that is more: 0 to 1.
 
-    It is the larger of the two. seconds: how long the run has taken so far.
+    seconds: how long the run has taken so far.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
@@ -543,7 +543,7 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    # The cosine begins with the run, not after the warm-up, whose time nobody knows beforehand.
+    # The cosine counts from the start of the run: how long the warm-up takes isn't known before.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -629,7 +629,7 @@ def train(
             seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
             if step > 0:
-                bar.total = round(step / progress)  # by the clock, this is an estimate
+                bar.total = round(step / progress)  # with --minutes, an estimate
             if step % cfg.eval_interval == 0 or progress == 1:
                 speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)

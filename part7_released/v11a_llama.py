@@ -6,16 +6,17 @@ Llama 3, Qwen2 and Qwen3 are v9d with a few more settings:
 - intermediate_size: the hidden width of the feed-forward network.
 - qkv_bias: Qwen2 has biases for queries, keys and values.
 - qk_norm: Qwen3 normalises each query and key before the rotation. In large models, that keeps the
-  scores from growing until training diverges (Dehghani et al. 2023, section 2).
+  scores small, whose growth may otherwise end in divergence (Dehghani et al. 2023, section 2).
 - tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
   saves a large part of a small model.
-- rope_theta: the larger the base, the slower the slowest rotations, which large distances need.
+- rope_theta: the base of the frequencies, which was 10,000. A larger one makes rotations slower, as
+  long contexts need.
 - rope_factor: Llama 3.1 was first trained with a context of original_max_position_embeddings
   tokens. To extend it, slow frequencies are divided by rope_factor: those that make at most
   rope_low_freq_factor turns in that context. Those that make at least rope_high_freq_factor turns
   stay as they are, and in between, the change is gradual.
-- rms_norm_eps: the number that RMSNorm adds. Queries, keys and released weights may be bfloat16, so
-  RMSNorm now computes its mean in float32.
+- rms_norm_eps: the number that RMSNorm adds. Its x may now be bfloat16 (queries and keys, and with
+  released weights everything), so it computes the mean in float32.
 
 New here: these settings, and head_size_of.
 Run it:   python part7_released/v11a_llama.py
@@ -88,9 +89,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
+    rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
 
 
 SIZES = [  # a run that is resumed must keep these, because the model depends on them
@@ -172,7 +173,7 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     if cfg.rope_factor != 1:
         turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        # The share of each frequency that isn't divided: 0 for low ones, 1 for high ones.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)

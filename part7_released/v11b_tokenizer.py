@@ -87,9 +87,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
+    rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
 
 
@@ -206,7 +206,7 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     if cfg.rope_factor != 1:
         turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        # The share of each frequency that isn't divided: 0 for low ones, 1 for high ones.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)

@@ -3,15 +3,16 @@
 A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
 config.json; support/llama_files.py translates their names, and refuses a model that needs more than
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
-LLAMA_NAMES says where each tensor goes.
+LLAMA_NAMES says where each tensor goes (lm_head has the same name in both).
 
-With --sample_only, the weights keep the dtype of the files, which is bfloat16 for most models and
-takes half as much memory as float32 (--dtype float32 converts them), and so does the cache. They
-are copied one by one, so memory never holds all of them twice. Training needs float32.
+With --sample_only, weights and cache have the dtype of the files (or that of --dtype): bfloat16 for
+most models, which takes half as much memory as float32. The weights are copied one by one, so that
+memory never holds all of them twice. Training converts them to float32, because bfloat16 would lose
+its small steps.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
-from a released model (--init_from). Of that, read_settings returns a dict with its settings, by our
-names, and its "folder".
+from a released model (--init_from, also with --sample_only). read_settings returns that model as a
+dict: its settings, under our names, its tokenizer and its folder.
 
 New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_as_released and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
@@ -40,7 +41,7 @@ from data import setting
 from support import batches, checkpoints, hardware, llama_files, model_files, runs, terminal
 from support.stopwatch import Stopwatch
 
-# Our names and those in the released files. query_norm comes before query, which is a part of it.
+# Our names and those in the released files. query_norm contains query, so it is replaced first.
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
@@ -111,9 +112,9 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
+    rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
     init_from: str = setting("start from this folder or repository", "")
     export: str = setting("folder to write the best weights to", "")
@@ -232,7 +233,7 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     if cfg.rope_factor != 1:
         turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        # The share of each frequency that isn't divided: 0 for low ones, 1 for high ones.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
@@ -622,7 +623,7 @@ def describe_best(
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
-    What a run doesn't have is empty. Raises data.InputError for flags that contradict each other.
+    A dict that isn't needed is empty. Raises data.InputError for flags that contradict each other.
     """
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
     if not cfg.init_from:
@@ -653,13 +654,13 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if not released:
         return LanguageModel(cfg, n_vocab).to(cfg.device)
     dtype = model_files.DTYPES[cfg.dtype] if cfg.sample_only else torch.float32
-    with torch.device("meta"):  # tensors without numbers: random ones would be replaced anyway
+    with torch.device("meta"):  # no memory, no random numbers; to_empty then gives it memory
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
         model.lm_head.weight = model.token_embedding.weight
     own = weights_as_released(model)
     for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # changes the model, whose numbers own shares
+        own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
@@ -670,7 +671,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run or a model keeps its own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
