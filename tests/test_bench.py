@@ -223,6 +223,14 @@ def test_no_transformers(monkeypatch, capsys, tmp_path):
     assert "requirements-dev.txt" in capsys.readouterr().err
 
 
+def test_the_table_does_not_say_compiled_if_there_is_no_compiler(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(hardware, "compiler_works", lambda device: False)
+    sizes = [f"--{name}={value}" for name, value in SHAPE.items()]
+    few = ["--models=v6b_fast", "--writers=", "--rounds=1", "--steps=2", f"--out={tmp_path}"]
+    bench.main([*sizes, *few, "--device=cpu", "--compile"])
+    assert "torch.compile off" in capsys.readouterr().out
+
+
 def test_a_process_that_dies(monkeypatch, capsys, tmp_path):
     class Dead:
         def __init__(self, *_):
