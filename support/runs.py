@@ -217,8 +217,8 @@ class Run:
         self.previous_handlers = {}
         if threading.current_thread() is not threading.main_thread():
             return  # no other may handle signals
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)  # only Windows has SIGBREAK, but no SIGHUP
             # nohup has its programs ignore SIGHUP, and a shell those in the background SIGINT.
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self.previous_handlers[number] = signal.signal(number, self.note_signal)

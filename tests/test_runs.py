@@ -330,6 +330,18 @@ def test_a_signal_that_the_program_ignores_stays_ignored(tmp_path, number):
         signal.signal(number, old)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has the real one")
+def test_ctrl_break_on_windows_stops_a_run_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with pytest.raises(flags.Stopped) as stop, make_run(tmp_path):
+            signal.raise_signal(signal.SIGBREAK)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert stop.value.number == signal.SIGUSR1
+
+
 STOPPED_WITHOUT_READERS = """
 import os, signal, sys
 from part2_training import v6d_checkpoints as v6d
