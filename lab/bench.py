@@ -43,6 +43,8 @@ from lab.common import generate, train, with_dtype
 from lab.ladder import SCRIPTS, load
 from part2_training import v6b_fast
 from part4_gpt2 import v8a_byte_pairs
+from support import hardware
+from support.stopwatch import wait_for
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
@@ -172,8 +174,8 @@ def take_turn(name: str, cfg: Config) -> Turn:
     def note_time(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not isinstance(optimizer, torch.optim.AdamW):
             return  # in v10a, AdamW follows Muon in each step
-        if cfg.device.startswith("cuda") and len(times) in (0, cfg.steps):
-            torch.cuda.synchronize(cfg.device)
+        if len(times) in (0, cfg.steps):
+            wait_for(cfg.device)
         times.append(time.perf_counter())
 
     hook = register_optimizer_step_post_hook(note_time)
@@ -378,6 +380,8 @@ def main(argv: list[str] | None = None) -> None:
             why = f"not a multiple of --n_kv_head {cfg.n_kv_head}"
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         v6b_fast.choose_dtype(config_of(v6b_fast, cfg))
+        if cfg.compile and not hardware.compiler_works(cfg.device):
+            cfg = replace(cfg, compile=False)
         path = Path(cfg.out) / "bench.md"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -227,6 +227,30 @@ def test_no_transformers(monkeypatch, capsys, tmp_path):
     assert "requirements-dev.txt" in capsys.readouterr().err
 
 
+def test_the_table_does_not_say_compiled_if_there_is_no_compiler(monkeypatch, capsys, tmp_path):
+    class Here:
+        """A pool whose process is this one."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, turn, *args):
+            self.result = lambda: turn(*args)
+            return self
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1000.0)
+    monkeypatch.setattr(hardware, "compiler_works", lambda device: False)
+    bench.main([*FLAGS, "--models=v6b_fast", "--writers=", f"--out={tmp_path}", "--compile"])
+    assert "torch.compile off" in capsys.readouterr().out
+
+
 def test_a_process_that_dies(monkeypatch, capsys, tmp_path):
     class Dead:
         def __init__(self, *_):
