@@ -5,12 +5,13 @@ initialisation (PyTorch's own takes its place). The fourth, dropout, is off by d
 It matters to a model that is large for its text, so it is switched on twice: for the whole text and
 for a small part of it. Of v6c's recipe, each ingredient is left out in turn, and then all of them.
 Of v8c, each change to v8b is taken back in turn: GELU, the tied output layer, the smaller
-projections, the biases of queries, keys and values. With the same seed, all runs start from the
-same weights, except where the initialisation or the output layer is another one.
+projections, the biases of queries, keys and values; --vocab_size trains on fewer tokens than
+GPT-2's. With the same seed, all runs start from the same weights, except where the initialisation
+or the output layer is another one.
 
 Run it:   python lab/ablation.py
           python lab/ablation.py --script v6c_recipe
-          python lab/ablation.py --script v8c_gpt2
+          python lab/ablation.py --script v8c_gpt2 --vocab_size 4096 --max_iters 500
           python lab/ablation.py --seeds 1 --n_layer 8 --variants "v5, no LayerNorm"
 Writes:   lab/out/ablation.md, a table of losses: the mean over the seeds, and their range.
 """
@@ -41,6 +42,7 @@ from data.flags import make_parser
 from lab.common import load_corpus, train, whole_loss
 from lab.ladder import load
 from part2_training import v6b_fast, v6c_recipe
+from part4_gpt2 import v8a_byte_pairs, v8b_gpt2_tokens
 
 SMALL_TEXT = 100_000  # characters; v5's CPU defaults go through them 55 times
 VARIANTS = {
@@ -54,7 +56,7 @@ VARIANTS = {
     ],
     "v8c_gpt2": [
         "v8c", "ReLU", "untied output layer", "projections as large as the rest",
-        "no biases of queries, keys and values",
+        "no biases of queries, keys and values", "v8b",
     ],
 }  # fmt: skip
 
@@ -66,6 +68,7 @@ class Config(v6c_recipe.Config):
     script: str = setting("the script whose ideas to leave out", "v5_gpt", choices=list(VARIANTS))
     variants: str = setting("what to train, separated by commas; by default, everything", "")
     seeds: int = setting("runs of each variant, with seeds from --seed on", 3, least=1)
+    vocab_size: int = setting("v8a's tokens for v8c, at least 256; 0 is GPT-2's", 0, most=2**16)
     out: str = setting("folder for ablation.md", "lab/out")
 
 
@@ -235,6 +238,17 @@ def table(results: dict[str, list[tuple[float, float, float]]], name: str, cfg: 
     return "\n".join(lines) + "\n"
 
 
+def corpus_of(script: Any, cfg: Any, vocab_size: int) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The tokenizer, and the tokens for training and for validation.
+
+    vocab_size: how many of v8a's tokens take the place of the script's; 0 is none.
+    """
+    if vocab_size == 0:
+        return load_corpus(script, cfg)
+    settings = data.read_flags(v8a_byte_pairs.Config, "", [], saved={"vocab_size": vocab_size})
+    return load_corpus(v8a_byte_pairs, replace(settings, data=cfg.data))
+
+
 def names_of_variants(cfg: Config) -> list[str]:
     """The variants to train; raises data.InputError for one that isn't known."""
     known = VARIANTS[cfg.script]
@@ -254,7 +268,7 @@ def main(argv: list[str] | None = None) -> None:
         variants = names_of_variants(cfg)
         script = load(cfg.script)
         settings = settings_of(script, given, cfg.seed)
-        tokenizer, train_data, val_data = load_corpus(script, settings)
+        tokenizer, train_data, val_data = corpus_of(script, settings, cfg.vocab_size)
         make_model("", script, settings, tokenizer.n_vocab)  # finds sizes that don't fit
         path = Path(cfg.out) / "ablation.md"
         try:
@@ -268,7 +282,7 @@ def main(argv: list[str] | None = None) -> None:
             for seed in range(cfg.seed, cfg.seed + cfg.seeds):
                 for variant in variants:
                     tqdm.write(f"{variant}, seed {seed}")
-                    trained = v6b_fast if variant == "v6b" else script
+                    trained = {"v6b": v6b_fast, "v8b": v8b_gpt2_tokens}.get(variant, script)
                     seeded = settings_of(trained, given, seed)
                     losses = run(
                         variant, trained, seeded, tokenizer.n_vocab, train_data, val_data
