@@ -211,9 +211,10 @@ def run(
         if variant in REPLACEMENTS:
             stack.enter_context(patch.object(*REPLACEMENTS[variant]))
         history = train(script, model, train_data, val_data, cfg)
+        val_loss = whole_loss(model, val_data, cfg)
     _, first_loss, _ = history[0]
     _, train_loss, _ = history[-1]
-    return first_loss, train_loss, whole_loss(model, val_data, cfg)
+    return first_loss, train_loss, val_loss
 
 
 def table(results: dict[str, list[tuple[float, float, float]]], name: str, cfg: Any) -> str:

@@ -288,6 +288,22 @@ def test_the_variants_of_v8c_train(name, splits):
     assert bool(seen) == (name == "ReLU")
 
 
+def test_the_loss_of_the_whole_split_is_that_of_the_variant(splits, monkeypatch):
+    models = []
+    real = ablation.train
+
+    def train(script, model, *args):
+        models.append(model)
+        return real(script, model, *args)
+
+    monkeypatch.setattr(ablation, "train", train)
+    cfg = tiny(v8c_gpt2, warmup_iters=0)
+    _, _, val_loss = ablation.run("ReLU", v8c_gpt2, cfg, VOCAB_SIZE, *splits)
+    with_gelu = ablation.whole_loss(models[0], splits[1], cfg)
+    monkeypatch.setattr(torch.nn.functional, "gelu", ablation.relu)
+    assert val_loss == ablation.whole_loss(models[0], splits[1], cfg) != with_gelu
+
+
 def test_v8c_and_v8b_train_on_as_many_tokens_as_they_should(tmp_path, corpus, monkeypatch):
     seen = []
 
