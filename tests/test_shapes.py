@@ -43,6 +43,16 @@ class LikeCuda(str):
         return prefix == "cuda"
 
 
+class OneToken:
+    """For a conversation whose first text is two tokens, and whose second is four."""
+
+    def drop_oldest(self, messages):
+        return messages
+
+    def encode(self, messages):
+        return [1] * (2 * len(messages))
+
+
 class ShapeTracer:
     """Checks, line by line as one file runs, that what a line made has the shape it claims."""
 
@@ -170,10 +180,11 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--sample_only", "--temperature", "0"])
             model = script.LanguageModel(sizes, vocab_size)
             generate(script, model, torch.zeros(2, 3).long(), 4, sizes)
-        if hasattr(script.LanguageModel, "make_caches"):  # several tokens after others
-            caches = model.make_caches(2)
-            model(torch.zeros(2, 2).long(), caches=caches)
-            model(torch.zeros(2, 3).long(), caches=caches)
+        if hasattr(script, "Conversation"):
+            tokenizer = OneToken()
+            conversation = script.Conversation(model, tokenizer, sizes)
+            list(conversation.answer("a"))
+            list(conversation.answer("b"))  # several tokens after others
         if hasattr(script, "PRESETS"):
             script.main([*flags, "--out_dir", str(tmp_path / "post"), "--norm", "post"])
         switches = [s for s in ("relu_squared", "fused_attention") if hasattr(sizes, s)]
