@@ -192,13 +192,14 @@ class ChatTokenizer:
     """From messages to the token ids that the model reads."""
 
     def __init__(self, template: Template, tokenizer: Any, cfg: Any) -> None:
-        """tokenizer: a FileTokenizer. Raises InputError if --system can't be used."""
+        """tokenizer: a FileTokenizer. InputError if --system or --block_size can't be used."""
         self.template = template
         self.tokenizer = tokenizer.tokenizer
         self.cfg = cfg
         # Room for an answer, but never more than half of the context.
         self.longest = cfg.block_size - min(cfg.max_new_tokens, cfg.block_size // 2)
-        self.check(cfg.system, "--system")
+        self.refuse_special(cfg.system, "--system")
+        self.refuse_long("", f"--block_size {cfg.block_size}")
 
     def encode(self, messages: list[Message], flag: str = "the message") -> list[int]:
         """The token ids of messages; raises InputError, naming flag, if they can't be encoded."""
@@ -212,19 +213,28 @@ class ChatTokenizer:
         return llama_files.encode(self.tokenizer, text, flag, add_special_tokens=False)
 
     def check(self, message: str, flag: str) -> None:
-        """Raise InputError, naming flag, if a message is too long or contains a special token.
+        """Raise InputError, naming flag, if a message is too long or contains a special token."""
+        self.refuse_long(message, flag)
+        self.refuse_special(message, flag)
 
-        With the special tokens of the template in it, a message could speak for the system.
-        """
+    def refuse_long(self, message: str, flag: str) -> None:
+        """Raise InputError, naming flag, if a message alone leaves no room for an answer."""
         alone = [*system_message(self.cfg.system), {"role": "user", "content": message}]
         n = len(self.encode(alone, flag))
         if n > self.longest:
-            why = f"{n:,} tokens are too many for the context, which has room for {self.longest:,}"
-            raise InputError(f"{flag}: {why}; shorten it, or give a larger --block_size")
+            what = "even an empty message" if not message else "with it, the text"
+            why = f"{what} has {n:,} tokens, but there is only room for {self.longest:,}"
+            raise InputError(f"{flag}: {why}; shorten the text, or give a larger --block_size")
+
+    def refuse_special(self, text: str, flag: str) -> None:
+        """Raise InputError, naming flag, if there is a special token in a text.
+
+        With those of the template in it, a message could speak for the system.
+        """
         if self.cfg.allow_special:
             return
         added_tokens = self.tokenizer.get_added_tokens_decoder()
-        for token in self.encode_text(message, flag):
+        for token in self.encode_text(text, flag):
             if token in added_tokens and added_tokens[token].special:
                 name = added_tokens[token].content
                 why = "is a special token, with which a message could speak for the system"

@@ -56,7 +56,10 @@ TEMPLATES = {
         "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
         "{{ '<|im_start|>assistant\n<think>' if add_generation_prompt }}"
     ),
-    "json": "{{ messages | tojson(indent=2) }}{{ dict(a=1) }}{{ documents is none }}{{ tools is none }}{{ tools }}",
+    "json": (
+        "{{ messages | tojson(indent=2) }}{{ dict(a=1) }}{{ documents is none }}{{ tools is none }}"
+        "{{ tools }}"
+    ),
 }
 
 
@@ -287,8 +290,11 @@ def test_a_special_token_in_a_message_is_refused_by_name(tmp_path):
 def test_a_message_that_is_too_long_is_refused(tmp_path):
     tokenizer = chat_tokenizer(tmp_path)
     message = refused_input(tokenizer.check, "fox " * 99, "the message")
-    assert "tokens are too many for the context, which has room for 80" in message
+    assert message.startswith("the message: with it, the text has ")
+    assert "tokens, but there is only room for 80; " in message
     tokenizer.check("fox", "the message")
+    with pytest.raises(data.InputError, match="--block_size 40: even an empty message has "):
+        chat_tokenizer(tmp_path, block_size=40)
 
 
 @pytest.mark.parametrize("system", ["", "Be brief."])
