@@ -630,6 +630,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
     released.update(chat.read_defaults(released, cfg.system), sample_only=True)
     cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
+    model_files.refuse_conflicts(cfg)  # again, because sample_only may have become true
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
     return replace(cfg, dtype=choose_dtype(cfg)), {}, released

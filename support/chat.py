@@ -275,22 +275,22 @@ def read_messages(tokenizer: ChatTokenizer) -> Iterator[str]:
     Whoever types is told what is wrong with a message, and can type another. From a pipe, it ends
     the program: raises InputError.
     """
-    types = is_typing()
+    is_typed = is_typing()
     prompt = tokenizer.cfg.prompt.strip()
     if prompt:
         tokenizer.check(prompt, "--prompt")
         yield prompt
-    prepare_input(types)
+    prepare_input(is_typed)
     while True:
         try:
-            message = read_line("> " if types else "")
+            message = read_line("> " if is_typed else "")
             if message is None:
                 break
             if message:
                 tokenizer.check(message, "the message")
                 yield message
         except InputError as error:
-            if not types:
+            if not is_typed:
                 raise
             print(f"error: {error}", file=sys.stderr)
 
@@ -300,9 +300,9 @@ def is_typing() -> bool:
     return sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()
 
 
-def prepare_input(types: bool) -> None:
+def prepare_input(is_typed: bool) -> None:
     """Let input() edit lines and remember them or, if they come from a pipe, read UTF-8."""
-    if types:
+    if is_typed:
         with suppress(ImportError):  # Windows has it in the terminal itself
             import readline  # noqa: F401
         end = "Ctrl-Z and Enter end" if os.name == "nt" else "Ctrl-D ends"

@@ -270,9 +270,7 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
     return {**content, "files": files} if files else content
 
 
-def encode(
-    tokenizer: Any, text: str, flag: str, add_special_tokens: bool = True
-) -> list[int]:
+def encode(tokenizer: Any, text: str, flag: str, add_special_tokens: bool = True) -> list[int]:
     """Text to token ids, with the special tokens that belong at its beginning, or without them.
 
     Raises InputError, naming flag, if the tokenizer can't encode the text.

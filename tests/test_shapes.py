@@ -97,6 +97,8 @@ class ShapeTracer:
                 T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
                 known |= {"B": B, "T": T}
                 break
+        if isinstance(names.get("ids"), list):  # Conversation.read and Conversation.answer
+            known |= {"B": 1, "T": len(names["ids"]) - names.get("n_kept", 0)}
         if "key" in names and "x" not in names:  # KVCache.append
             known["B"] = names["key"].shape[0]
         if isinstance(names.get("x"), torch.Tensor):
@@ -122,7 +124,7 @@ class ShapeTracer:
                 known[name] = names[name]
         if hasattr(names.get("cache"), "length"):  # a KVCache, before it gets the T new keys
             known.setdefault("n_old", names["cache"].length)
-        if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
+        if "n_old" in known and "n_keys" not in names:  # all, or those in a full cache
             known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])

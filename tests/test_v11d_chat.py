@@ -6,7 +6,6 @@ Templates, special tokens and messages are tested in test_chat.py.
 import json
 import os
 import re
-import signal
 import subprocess
 import sys
 import time
@@ -126,6 +125,17 @@ def test_a_conversation_reads_each_token_once(folder):
         assert lengths == [len(new) - n_kept] + [1] * (len(answer) - 1)
         assert conversation.ids == new + answer[:-1]
         n_before = len(new)
+
+
+def test_what_is_in_the_cache_can_be_read_again(folder):
+    """Its last token must be read for its logits."""
+    conversation, _ = make_conversation(folder)
+    lengths = watched(conversation)
+    for ids in ([5, 6, 7, 8], [5, 6, 7, 8], [5, 6]):
+        again = conversation.read(ids)
+        conversation.ids = []
+        assert torch.allclose(again, conversation.read(ids), atol=1e-5)
+    assert lengths == [4, 4, 1, 4, 1, 2]
 
 
 @pytest.mark.parametrize("template", ["chatml", "thoughts", "lines", "loops"])
@@ -314,6 +324,11 @@ def test_a_bad_system_message_is_refused(folder, capsys):
     assert line.startswith("error: --block_size 1024: even an empty message has ")
 
 
+def test_a_conversation_has_no_folder_for_a_run(folder, capsys):
+    line = refused(v11d, capsys, "--init_from", folder, "--out_dir", "run")
+    assert line.endswith("can't be used together with --out_dir; leave one of them out")
+
+
 def start(folder: Path, *flags, **how) -> subprocess.Popen:
     """The program, as a shell starts it."""
     command = [sys.executable, str(ROOT / path_of("v11d_chat")), "--init_from", str(folder)]
@@ -368,19 +383,6 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_program(folder):
     os.write(own, b"\x04")
     assert program.wait(timeout=60) == 0
     os.close(own)
-
-
-@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGTERM")
-def test_sigterm_ends_the_program_within_an_answer(folder):
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    program = start(folder, "--max_new_tokens", "60000", "--block_size", "90000", **pipes)
-    program.stdin.write(b"The fox?\n")
-    program.stdin.flush()
-    program.stdout.read(1)
-    program.send_signal(signal.SIGTERM)
-    assert program.wait(timeout=60) == 128 + signal.SIGTERM
-    for pipe in (program.stdin, program.stdout, program.stderr):
-        pipe.close()
 
 
 # ---- a released model itself
