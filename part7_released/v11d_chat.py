@@ -9,10 +9,9 @@ small program that comes with it, makes the text of all messages so far (support
 --show_tokens shows what the model reads.
 
 With each turn, that text grows at its end, so the cache stays between turns: Conversation.read
-keeps the tokens that the old and the new text have in common, and reads the rest. The first token
-of an answer then takes no longer in a long conversation than in a short one. New tokens see all
-the old ones and, among themselves, only those before them, which takes a mask. Some templates
-also change old turns; then the texts differ early, and more is read again.
+keeps the tokens that the old and the new text have in common, and reads only the rest. That takes
+a mask, in which new tokens see all the old ones and, among themselves, those before them. Some
+templates also change old turns. Then the two texts differ earlier, and more is read again.
 
 New here: the mask in MultiHeadAttention, common_length, Conversation and talk. With --init_from,
           there is now a conversation instead of a sample; --no-sample_only fine-tunes before it.
@@ -313,15 +312,16 @@ class MultiHeadAttention(nn.Module):
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         # is_causal would take a single new query for query 0, and show it nothing but key 0.
-        # The same holds for several that come after old keys, so they need a mask: query i sees
-        # all the old keys, and those of the new tokens up to its own.
-        mask = None
+        # In the same way, it would take several after old keys for queries 0, 1, 2 and so on. They
+        # need a mask of their own: each sees all old keys, and the new ones up to its own.
         n_keys = key.shape[2]
+        mask = None
         if 1 < T < n_keys:
             mask = x.new_ones(T, n_keys, dtype=torch.bool).tril(n_keys - T)  # (T, n_keys)
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
-            query, key, value, mask, dropout_p, is_causal=1 < T == n_keys, enable_gqa=True
+            query, key, value, attn_mask=mask, dropout_p=dropout_p,
+            is_causal=T > 1 and mask is None, enable_gqa=True,
         )
         # Put the outputs of the heads side by side again.
         x = x.transpose(1, 2).flatten(2)  # (B, T, n_head * head_size)
@@ -663,10 +663,10 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
 
 def common_length(old: list[int], new: list[int]) -> int:
     """How many token ids at the beginning of two lists are the same."""
-    for i, (a, b) in enumerate(zip(old, new, strict=False)):
-        if a != b:
-            return i
-    return min(len(old), len(new))
+    n = 0
+    while n < len(old) and n < len(new) and old[n] == new[n]:
+        n += 1
+    return n
 
 
 class Conversation:
@@ -681,10 +681,11 @@ class Conversation:
     @torch.no_grad()
     def read(self, ids: list[int]) -> torch.Tensor:
         """Bring the caches to the tokens ids; return the logits after the last, float (1, V)."""
-        n_kept = common_length(self.ids, ids[:-1])  # without the last, whose logits are needed
+        # The last token is read in any case, because its logits are needed.
+        n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept
-        self.ids = ids[:n_kept]  # all that is in every cache if Ctrl-C interrupts the model
+        self.ids = ids[:n_kept]  # if Ctrl-C interrupts the model, that is what all caches have
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
         self.ids = ids.copy()
