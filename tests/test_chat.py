@@ -56,6 +56,7 @@ TEMPLATES = {
         "{{ '<|im_start|>' + message.role + '\n' + content + '<|im_end|>\n' }}{% endfor %}"
         "{{ '<|im_start|>assistant\n<think>' if add_generation_prompt }}"
     ),
+    "marks": "{% set a = 1 %}{% generation %}{% set a = 2 %}{{ a }}{% endgeneration %}{{ a }}",
     "json": (
         "{{ messages | tojson(indent=2) }}{{ dict(a=1) }}{{ documents is none }}{{ tools is none }}"
         "{{ tools }}"
