@@ -628,9 +628,10 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.refuse_conflicts(cfg)
     model_files.check_export(cfg.export)
     released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
-    released.update(chat.read_defaults(released, cfg.system), sample_only=True)
+    released.update(chat.read_defaults(released, cfg.system))
+    released["sample_only"] = True  # unless --no-sample_only says otherwise
     cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
-    model_files.refuse_conflicts(cfg)  # again, because sample_only may have become true
+    model_files.refuse_conflicts(cfg)  # again, because sample_only may be true now
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
     return replace(cfg, dtype=choose_dtype(cfg)), {}, released
