@@ -4,12 +4,15 @@ All models have the same shape, and so does the GPT-2 of the library transformer
 They take turns, round after round, so that whatever else the machine does slows all of them alike.
 Each turn has a process of its own. A training turn is one step to warm up and then the steps that
 count, exactly as the script's own train() runs them. A generation turn fills the context of
-block_size tokens, starting from one token, or generates --new_tokens tokens.
+block_size tokens, starting from one token, or generates --new_tokens tokens. With --vocabularies,
+v8a_byte_pairs.py learns that many tokens from the training split of Shakespeare, and encodes all of
+it.
 
 Run it:   python lab/bench.py
           python lab/bench.py --models v5_gpt,v6b_fast --batch_size 24 --block_size 64 --steps 50
           python lab/bench.py --models "" --writers v7a_sampling,v7b_kv_cache
-Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
+          python lab/bench.py --models "" --writers "" --vocabularies 1024,4096
+Writes:   lab/out/bench.md, tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
 """
 
 import os
@@ -39,12 +42,14 @@ from data import setting
 from lab.common import generate, train, with_dtype
 from lab.ladder import SCRIPTS, load
 from part2_training import v6b_fast
+from part4_gpt2 import v8a_byte_pairs
 from support import hardware
 from support.stopwatch import wait_for
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
-MODELS = [*SCRIPTS[1:], *REFERENCES]
+NOT_BY_STEPS = "v8g_epochs"  # trains by epochs, and a step of it is one of v8f
+MODELS = [script for script in SCRIPTS[1:] if script != NOT_BY_STEPS] + REFERENCES
 WRITERS = [*SCRIPTS[SCRIPTS.index("v7a_sampling") :], "transformers"]
 SAMPLES = (1, 16)  # texts generated at a time
 VOCAB_SIZE = 65  # as in Shakespeare
@@ -66,6 +71,7 @@ class Config:
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     models: str = setting("what to train, separated by commas", ",".join(MODELS))
     writers: str = setting("what to generate with, separated by commas", ",".join(WRITERS))
+    vocabularies: str = setting("numbers of v8a's tokens to learn, separated by commas", "")
     new_tokens: int = setting("tokens to generate; 0 fills the context", 0, below=1_000_000)
     rounds: int = setting("turns of each model", gpu=5, cpu=3, least=1)
     steps: int = setting("training steps in a turn, after one to warm up", gpu=50, cpu=2, least=1)
@@ -245,6 +251,45 @@ def count_new_tokens(cfg: Config) -> int:
     return cfg.block_size - 1 if cfg.new_tokens == 0 else cfg.new_tokens
 
 
+def token_turn(vocab_size: int, cfg: Config) -> tuple[float, float]:
+    """Learn v8a's tokens and encode Shakespeare with them: return the seconds that each takes."""
+    text = data.load_text("shakespeare")
+    start = time.perf_counter()
+    merges = v8a_byte_pairs.learn_merges(text[: len(text) * 9 // 10], vocab_size)
+    learned = time.perf_counter()
+    v8a_byte_pairs.BytePairTokenizer(merges).encode(text)
+    return learned - start, time.perf_counter() - learned
+
+
+def token_table(turns: dict[int, list[tuple[float, float]]], cfg: Config) -> str:
+    """The times of v8a's tokens in Markdown: how they were measured, then a row for each number."""
+    lines = [
+        f"Byte pairs of v8a_byte_pairs.py on {platform.machine()}, in one thread: seconds to learn "
+        "them from the training split and to encode the whole text, the median of "
+        f"{cfg.rounds} turns, with the lowest and the highest.",
+        "",
+        "| tokens | to learn | lowest to highest | to encode | lowest to highest |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for vocab_size, times in turns.items():
+        cells = [f"{vocab_size:,}"]
+        for seconds in zip(*times, strict=True):
+            cells += [f"{median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers of tokens in text; raises data.InputError for anything else."""
+    numbers = []
+    for word in text.split(","):
+        if word.strip().isdecimal() and 256 <= int(word) <= 2**16:
+            numbers.append(int(word))
+        elif word.strip():
+            raise data.InputError(f"--vocabularies {word.strip()}: not a number from 256 to 65,536")
+    return numbers
+
+
 def circumstances(cfg: Config) -> str:
     """The shape of the models and the machine, in words."""
     on_gpu = cfg.device.startswith("cuda")
@@ -322,8 +367,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg = data.read_flags(Config, __doc__, argv)
         names = names_in("models", cfg.models, MODELS)
         writers = names_in("writers", cfg.writers, WRITERS)
-        if not names + writers:
-            raise data.InputError("--models and --writers: both empty; say what to measure")
+        vocabularies = numbers_in(cfg.vocabularies)
+        if not names + writers + vocabularies:
+            why = "all empty; say what to measure"
+            raise data.InputError(f"--models, --writers and --vocabularies: {why}")
         if not set(REFERENCES).isdisjoint(names + writers) and not find_spec("transformers"):
             why = "no transformers; pip install -r requirements-dev.txt"
             raise data.InputError(f"--models, --writers: {why}")
@@ -343,9 +390,11 @@ def main(argv: list[str] | None = None) -> None:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         turns = {name: [] for name in names}
         write_turns = {(n, name): [] for n in SAMPLES for name in writers}
+        token_turns = {vocab_size: [] for vocab_size in vocabularies}
+        token_round = [(token_turns[n], token_turn, n, cfg) for n in vocabularies]
         train_round = [(turns[name], take_turn, name, cfg) for name in names]
         write_round = [(write_turns[n, name], write_turn, name, cfg, n) for n, name in write_turns]
-        todo = train_round * cfg.rounds + write_round * cfg.rounds
+        todo = (train_round + write_round + token_round) * cfg.rounds
         for results, turn, name, *more in tqdm(todo, desc="turns"):
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
@@ -355,6 +404,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise data.InputError(f"{why}; try a smaller --n_embd or --batch_size") from None
         tables = [table(turns, cfg)] if names else []
         tables += [write_table(write_turns, cfg)] if writers else []
+        tables += [token_table(token_turns, cfg)] if vocabularies else []
         path.write_text("\n".join(tables), encoding="utf-8")
         print("\n".join(tables))
 

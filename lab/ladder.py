@@ -45,6 +45,8 @@ PARENTS = {
     "v8c_gpt2": "v8b_gpt2_tokens",
     "v8d_gpt2_weights": "v8c_gpt2",
     "v8e_distributed": "v8d_gpt2_weights",
+    "v8f_gpt1": "v8c_gpt2",
+    "v8g_epochs": "v8f_gpt1",
     "v9a_rmsnorm": "v7b_kv_cache",
     "v9b_rope": "v9a_rmsnorm",
     "v9c_swiglu": "v9b_rope",

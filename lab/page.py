@@ -63,7 +63,10 @@ STRIP = {
 }
 # Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
 # part 4 is per token of several characters.
-NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8a_byte_pairs", "v8b_gpt2_tokens", "v8c_gpt2"]
+NOT_DRAWN = [
+    "v6a_fused_attention", "v6b_fast", "v8a_byte_pairs", "v8b_gpt2_tokens", "v8c_gpt2", "v8f_gpt1",
+    "v8g_epochs",
+]  # fmt: skip
 
 
 @dataclass

@@ -28,7 +28,7 @@ import sys
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from itertools import pairwise
+from itertools import chain, pairwise
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class BytePairTokenizer:
         """Text to token ids. It has no use for flag, because it can encode any text."""
         words = WORD.findall(text)
         ids = {word: self.encode_word(word) for word in set(words)}
-        return [token for word in words for token in ids[word]]
+        return list(chain.from_iterable(ids[word] for word in words))
 
     def encode_word(self, word: str) -> list[int]:
         """Merge the bytes of a word: of the pairs in it, always the one that was learned first."""
@@ -163,8 +163,7 @@ def make_tokenizer(saved: dict, train_text: str, vocab_size: int) -> BytePairTok
     if saved:
         return BytePairTokenizer(saved["tokenizer_content"]["merges"])
     tokenizer = BytePairTokenizer(learn_merges(train_text, vocab_size))
-    for first, second in list(tokenizer.new_ids)[:10]:
-        print(f"{tokenizer.decode([first])!r} + {tokenizer.decode([second])!r}", file=sys.stderr)
+    terminal.print_pairs(list(tokenizer.new_ids)[:10], tokenizer)
     return tokenizer
 
 

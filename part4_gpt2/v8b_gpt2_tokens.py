@@ -1,20 +1,16 @@
-"""v8b_gpt2_tokens.py: read and write parts of words instead of characters, as GPT-2 does.
+"""v8b_gpt2_tokens.py: read and write GPT-2's own tokens, from files that memory needn't hold.
 
-Byte-pair encoding (Sennrich et al. 2016), as GPT-2 uses it, starts from the 256 bytes. Again and
-again, it adds the most frequent pair of neighbouring tokens to the vocabulary as a new token.
-GPT-2's vocabulary has 50,257 of them: frequent words are one token, rare words a few, and every
-text can be encoded. A token of the validation split has 3.1 characters, so a window of 64 tokens
-sees that much further. The output layer now has 50,257 rows and takes most of the time, so there
-are fewer and smaller batches.
+v8a learns its tokens from the corpus, so that each text has others. GPT-2 (Radford et al. 2019) has
+learned 50,257 of them once, from millions of web pages: frequent words are one token, rare words a
+few. tiktoken has its merges, and applies them faster than Python can. A token of the validation
+split has 3.1 characters, so a window of 64 tokens sees that much further. The output layer now has
+50,257 rows and takes most of the time, so there are fewer and smaller batches.
 
-A loss per token can't be compared with a loss per character: a token is harder to guess, but says
-more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an average token.
+Large texts are encoded once, into a file of token ids. Training maps that file into memory and
+reads only its windows, so the text may be larger than the memory.
 
-Texts are encoded once, into a file of token ids. Training maps that file into memory and reads only
-its windows, so the text may be larger than the memory.
-
-New here: BPETokenizer, make_tokenizer and describe_best; corpora as files of token ids, in
-          data/token_files.py and data/prepare.py; --val_data.
+New here: BPETokenizer, make_tokenizer and describe_best; corpora as files of token ids, which
+          data/prepare.py writes and data/token_files.py reads; --val_data.
 Run it:   python part4_gpt2/v8b_gpt2_tokens.py
           python part4_gpt2/v8b_gpt2_tokens.py --sample_only --prompt "ROMEO:"
           python -m data.prepare my_novel.txt --out corpus.bin
@@ -481,8 +477,7 @@ def describe_best(
     tokens: int (n,), of which the first million show how long a token is on average.
     """
     loss = min(val_loss for _, val_loss in history.values())
-    # An array of positions, because slicing a file of tokens doesn't read it.
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token

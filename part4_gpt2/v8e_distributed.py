@@ -48,13 +48,12 @@ from support import (
 )
 from support.stopwatch import Stopwatch
 
-# The settings of the released models (Radford et al. 2018 and 2019).
+# The sizes of the released models (Radford et al. 2019).
 PRESETS = {
-    "gpt1": {"norm": "post", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512},
-    "gpt2": {"norm": "pre", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
-    "gpt2-medium": {"norm": "pre", "n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
-    "gpt2-large": {"norm": "pre", "n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
-    "gpt2-xl": {"norm": "pre", "n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
 }
 
 # What the parts of our model are called in GPT-2's files.
@@ -69,10 +68,6 @@ GPT2_NAMES = {
     "attention.projection": "attn.c_proj",
     "feed_forward.expansion": "mlp.c_fc",
     "feed_forward.projection": "mlp.c_proj",
-}
-# A model with --norm post is exported as a GPT-1, in whose files the embeddings have other names.
-GPT1_NAMES = {
-    **GPT2_NAMES, "token_embedding": "tokens_embed", "position_embedding": "positions_embed",
 }
 
 # The defaults for training that starts from released weights, on every device.
@@ -124,7 +119,6 @@ class Config:
         "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
     val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
-    norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
     init_from: str = setting("start from gpt2 to gpt2-xl, distilgpt2, or a folder", "")
     export: str = setting("folder to write the best weights to", "")
@@ -132,7 +126,7 @@ class Config:
 
 
 SIZES = [  # a run that is resumed must keep these
-    "tokenizer", "norm", "preset", "block_size", "n_embd", "n_head", "n_layer",
+    "tokenizer", "preset", "block_size", "n_embd", "n_head", "n_layer",
 ]
 
 
@@ -264,22 +258,18 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). With --norm post,
-    they come after each addition, as in GPT-1. Maps float (B, T, n_embd) to the same shape.
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.norm = cfg.norm
         self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
         self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        if self.norm == "post":
-            x = self.norm_1(x + self.attention(x, cache))  # (B, T, n_embd)
-            return self.norm_2(x + self.feed_forward(x))  # (B, T, n_embd)
         # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.norm_1(x), cache)  # (B, T, n_embd)
         x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
@@ -296,15 +286,13 @@ class LanguageModel(nn.Module):
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
-        # With norm post, each block ends with a LayerNorm already.
-        self.norm_f = nn.LayerNorm(cfg.n_embd) if cfg.norm == "pre" else nn.Identity()
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight  # (V, n_embd), the same parameter
         # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
-            # With norm post, a LayerNorm follows each addition, so the sum can't grow.
-            if name.endswith("projection.weight") and cfg.norm == "pre":
+            if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.n_layer))
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -552,8 +540,7 @@ def describe_best(
     tokens: int (n,), of which the first million show how long a token is on average.
     """
     loss = min(val_loss for _, val_loss in history.values())
-    # An array of positions, because slicing a file of tokens doesn't read it.
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -587,11 +574,9 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
 
 def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model with the names and shapes of the released files; no copies."""
-    is_gpt1 = isinstance(model.norm_f, nn.Identity)
-    names = GPT1_NAMES if is_gpt1 else GPT2_NAMES
     weights = {}
     for name, parameter in model.named_parameters():
-        for ours, theirs in names.items():
+        for ours, theirs in GPT2_NAMES.items():
             name = name.replace(ours, theirs)
         weight = parameter.detach()
         is_linear = weight.ndim == 2 and ".c_" in name  # in c_attn, c_proj or c_fc
@@ -605,7 +590,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if released:
         own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)  # changes the model, whose numbers own shares
+            own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 

@@ -147,8 +147,8 @@ class Run:
             if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
                 name = "val_data"
             raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
-        if cfg.max_iters < self.saved["step"]:
-            step = self.saved["step"]
+        step = self.saved["step"]
+        if getattr(cfg, "max_iters", step) < step:
             why = f"the run is at step {step} already; leave the flag out, or give more"
             raise InputError(f"--max_iters {cfg.max_iters}: {why}")
 
@@ -239,10 +239,20 @@ class Run:
             signal.signal(number, handler)
         if process_rank() == 0:
             self.lock.release()
+            if error is not None:
+                self.remove_unused_folder()
         if error is None and self.stop_requested():
             if process_rank() == 0:
                 self.say_how_to_continue()
             raise Stopped(self.signals[0])
+
+    def remove_unused_folder(self) -> None:
+        """Remove the folder that a mistake has ended the run in, before it saved anything."""
+        files = [path.name for path in self.folder.iterdir()]
+        if self.is_new and not self.out_dir and files in ([], ["lock"]):
+            with suppress(OSError):
+                (self.folder / "lock").unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def say_how_to_continue(self) -> None:
         """Print the command that resumes the run."""

@@ -32,6 +32,8 @@ TINY = {
     "learning_rate": 1e-2,
     "max_iters": 3,
     "eval_interval": 2,
+    "epochs": 2,
+    "subset": 9,
     "eval_iters": 2,
     "device": "cpu",
     "max_new_tokens": 7,

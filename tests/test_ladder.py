@@ -192,14 +192,11 @@ COURSE = {
     "v8c_gpt2": {
         "parent": "v8b_gpt2_tokens",
         "lesson": "take over the architecture of the released models",
-        "adds": ["PRESETS", "Config.norm", "Config.preset", "read_settings"],
+        "adds": ["PRESETS", "Config.preset", "read_settings"],
         "changes": [
             "SIZES",
             "MultiHeadAttention.__init__",
             "FeedForward.forward",
-            "Block",
-            "Block.__init__",
-            "Block.forward",
             "LanguageModel.__init__",
             "LanguageModel.forward",
             "main",
@@ -210,7 +207,6 @@ COURSE = {
         "lesson": "start from released weights, and write weights that others can load",
         "adds": [
             "GPT2_NAMES",
-            "GPT1_NAMES",
             "FINE_TUNING",
             "Config.init_from",
             "Config.export",
@@ -224,6 +220,36 @@ COURSE = {
         "lesson": "take one step on many batches, in turn and on several GPUs at once",
         "adds": ["Config.grad_accum_steps", "share_gradients"],
         "changes": ["from support", "train_step", "train", "read_settings", "main"],
+    },
+    "v8f_gpt1": {
+        "parent": "v8c_gpt2",
+        "lesson": "normalise after each addition, and read other tokens, as GPT-1 did",
+        "adds": [
+            "from pathlib",
+            "from tokenizers",
+            "Config.init_from",
+            "Config.export",
+            "GPT1Tokenizer",
+        ],
+        "changes": [
+            "from support",
+            "PRESETS",
+            "Config.tokenizer",
+            "make_tokenizer",
+            "Block",
+            "Block.forward",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+            "read_settings",
+            "main",
+        ],
+    },
+    "v8g_epochs": {
+        "parent": "v8f_gpt1",
+        "lesson": "go through the text in epochs: every window once, then all of them again",
+        "replaces": ["Config.max_iters", "Config.eval_interval"],
+        "adds": ["Config.epochs", "Config.subset", "choose_windows", "epoch_batches"],
+        "changes": ["SIZES", "learning_rate_at", "train_step", "train"],
     },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
@@ -523,7 +549,7 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v11b_tokenizer", "v11c_llama_weights"):
+    if script in ("v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights"):
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 
