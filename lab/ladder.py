@@ -57,6 +57,7 @@ PARENTS = {
     "v11a_llama": "v9d_gqa",
     "v11b_tokenizer": "v11a_llama",
     "v11c_llama_weights": "v11b_tokenizer",
+    "v11d_chat": "v11c_llama_weights",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

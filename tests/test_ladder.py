@@ -410,6 +410,25 @@ COURSE = {
         ],
         "changes": ["from support", "KVCache.__init__", "LanguageModel.stream", "main"],
     },
+    "v11d_chat": {
+        "parent": "v11c_llama_weights",
+        "lesson": "talk to a model: one text of all messages, and a cache that stays between them",
+        "adds": [
+            "Config.system",
+            "Config.show_tokens",
+            "Config.allow_special",
+            "common_length",
+            "Conversation",
+            "talk",
+        ],
+        "changes": [
+            "from support",
+            "MultiHeadAttention.forward",
+            "LanguageModel.forward",
+            "read_settings",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
@@ -549,7 +568,10 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights"):
+    with_tokenizers = (
+        "v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights", "v11d_chat",
+    )  # fmt: skip
+    if script in with_tokenizers:
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 

@@ -43,6 +43,16 @@ class LikeCuda(str):
         return prefix == "cuda"
 
 
+class OneToken:
+    """For a conversation whose first text is two tokens, and whose second is four."""
+
+    def drop_oldest(self, messages):
+        return messages
+
+    def encode(self, messages):
+        return [1] * (2 * len(messages))
+
+
 class ShapeTracer:
     """Checks, line by line as one file runs, that what a line made has the shape it claims."""
 
@@ -87,6 +97,8 @@ class ShapeTracer:
                 T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
                 known |= {"B": B, "T": T}
                 break
+        if isinstance(names.get("ids"), list):  # Conversation.read and Conversation.answer
+            known |= {"B": 1, "T": len(names["ids"]) - names.get("n_kept", 0)}
         if "key" in names and "x" not in names:  # KVCache.append
             known["B"] = names["key"].shape[0]
         if isinstance(names.get("x"), torch.Tensor):
@@ -114,7 +126,7 @@ class ShapeTracer:
                 known[name] = names[name]
         if hasattr(names.get("cache"), "length"):  # a KVCache, before it gets the T new keys
             known.setdefault("n_old", names["cache"].length)
-        if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
+        if "n_old" in known and "n_keys" not in names:  # all, or those in a full cache
             known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
@@ -172,10 +184,11 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--sample_only", "--temperature", "0"])
             model = script.LanguageModel(sizes, vocab_size)
             generate(script, model, torch.zeros(2, 3).long(), 4, sizes)
-        if hasattr(script.LanguageModel, "make_caches"):  # several tokens after others
-            caches = model.make_caches(2)
-            model(torch.zeros(2, 2).long(), caches=caches)
-            model(torch.zeros(2, 3).long(), caches=caches)
+        if hasattr(script, "Conversation"):
+            tokenizer = OneToken()
+            conversation = script.Conversation(model, tokenizer, sizes)
+            list(conversation.answer("a"))
+            list(conversation.answer("b"))  # several tokens after others
         switches = [s for s in ("relu_squared", "fused_attention") if hasattr(sizes, s)]
         if switches:  # on for a GPU, so on in these runs
             off = [f"--no-{switch}" for switch in switches]

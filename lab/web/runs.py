@@ -43,6 +43,7 @@ SAME_TRAINING = {
     "v11a_llama": "v9d_gqa",
     "v11b_tokenizer": "v9d_gqa",
     "v11c_llama_weights": "v9d_gqa",
+    "v11d_chat": "v9d_gqa",
 }
 WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
 SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
