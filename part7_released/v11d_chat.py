@@ -312,8 +312,8 @@ class MultiHeadAttention(nn.Module):
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
-        # In the same way, it would take several after old keys for queries 0, 1, 2 and so on. They
-        # need a mask of their own: each sees all old keys, and the new ones up to its own.
+        # Several new queries after old keys need a mask: each sees all the old keys, and the new
+        # ones up to its own.
         n_keys = key.shape[2]
         mask = None
         if 1 < T < n_keys:
