@@ -26,8 +26,9 @@ def read_line(line: str, where: str) -> Conversation:
     """The conversation in a line of JSON; raises InputError, which begins with where."""
     try:
         entry = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not JSON ({error.msg}); write one object a line") from None
+    except (ValueError, RecursionError) as error:
+        reason = getattr(error, "msg", "nested too deeply, or a number with too many digits")
+        raise InputError(f"{where}: not JSON ({reason}); write one object a line") from None
     form = '{"messages": [{"role": "user", "content": "..."}, ...]}'
     messages = entry.get("messages") if isinstance(entry, dict) else None
     if not isinstance(messages, list) or not messages:

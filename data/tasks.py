@@ -18,9 +18,11 @@ import math
 import random
 import re
 import zlib
+from pathlib import Path
 from typing import Any
 
 from data.conversations import Conversation, read_conversations
+from data.corpora import load_text
 from data.flags import InputError
 
 TEST_SHARE = 10  # one word in ten, and one sum in ten, is for the test
@@ -119,20 +121,32 @@ def make_sums(n: int, seed: int) -> tuple[list[Conversation], list[Conversation]
     return train, test
 
 
-def make_conversations(
-    text: str, cfg: Any
-) -> tuple[list[Conversation], list[Conversation]]:
-    """The conversations for training and for the test that the settings ask for.
+def load_conversations(cfg: Any) -> tuple[str, list[Conversation], list[Conversation]]:
+    """A text, and conversations for training and for the test, as the settings ask for them.
 
-    text: the corpus, or the contents of cfg.conversations, the last tenth of which is for the test.
+    The text is the corpus whose words are asked about or, with --conversations, that file, whose
+    last tenth is for the test.
     """
     if cfg.conversations:
+        text = load_text(Path(cfg.conversations), "--conversations")
         conversations = read_conversations(text, cfg.conversations)
         n_test = math.ceil(len(conversations) / TEST_SHARE)
-        return conversations[:-n_test], conversations[-n_test:]
+        return text, conversations[:-n_test], conversations[-n_test:]
+    text = load_text(cfg.data)
     if cfg.task == "sums":
-        return make_sums(cfg.n_demonstrations, cfg.seed)
-    return make_words(text, cfg.n_demonstrations, cfg.seed)
+        train, test = make_sums(cfg.n_demonstrations, cfg.seed)
+    else:
+        train, test = make_words(text, cfg.n_demonstrations, cfg.seed)
+    return text, train, test
+
+
+def alphabet(text: str, conversations: list[Conversation]) -> str:
+    """The characters of a text, of all messages, and those that the tasks need, in order."""
+    characters = set(text) | set(CHARACTERS)
+    for conversation in conversations:
+        for message in conversation:
+            characters.update(message["content"])
+    return "".join(sorted(characters))
 
 
 def task_of(question: str) -> str:

@@ -49,14 +49,14 @@ class Config:
     vocabulary; () is a single number, and "each" means all the tensors on the left.
     """
 
-    batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
+    batch_size: int = setting("windows in a batch", 64, least=1)
     block_size: int = setting("longest conversation, in tokens", 40, least=1)
     n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
-    max_iters: int = setting("training steps", gpu=5000, cpu=3600)
+    max_iters: int = setting("training steps", gpu=5000, cpu=1500)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
     eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
     seed: int = setting("random seed", 1337)
@@ -77,7 +77,6 @@ class Config:
     task: str = setting("what is asked", "words", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
     conversations: str = setting("JSON lines of your own, instead of a task", "")
-    answers_only: bool = setting("learn to give answers, not to ask questions", True)
     base: str = setting("folder of a run to start from; random weights without one", "")
     ask: str = setting("a question, instead of some of the test", "")
 
@@ -100,9 +99,7 @@ class ChatTokenizer(data.CharTokenizer):
         return super().decode([token for token in tokens if token < self.user])
 
 
-def encode(
-    conversation: tasks.Conversation, tokenizer: ChatTokenizer, cfg: Config
-) -> tuple[list[int], list[int]]:
+def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
     cross_entropy leaves -100 out of its mean, which is over all the other targets of a batch.
@@ -113,8 +110,7 @@ def encode(
         speaker = tokenizer.assistant if is_answer else tokenizer.user
         content = [*tokenizer.encode(message["content"], "--ask"), tokenizer.end]
         tokens += [speaker, *content]
-        is_learned = is_answer or not cfg.answers_only
-        targets += [-100, *content] if is_learned else [-100] * (1 + len(content))
+        targets += [-100, *content] if is_answer else [-100] * (1 + len(content))
     return tokens, targets
 
 
@@ -404,7 +400,7 @@ def answer(
     """Let the model answer the last question of each conversation, without the answer it has."""
     prompts = []
     for conversation in conversations:
-        tokens, _ = encode(conversation[:-1], tokenizer, cfg)
+        tokens, _ = encode(conversation[:-1], tokenizer)
         prompts.append([*tokens, tokenizer.assistant])
     replies = answers.complete(model, prompts, tokenizer.end, cfg)
     return [tokenizer.decode(reply) for reply in replies]
@@ -543,9 +539,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))
         torch.manual_seed(cfg.seed)
 
-        text = data.load_text(cfg.conversations or cfg.data)
-        lessons, test = tasks.make_conversations(text, cfg)
-        tokenizer = ChatTokenizer(saved.get("characters", text + tasks.CHARACTERS))
+        text, lessons, test = tasks.load_conversations(cfg)
+        tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
         n_parameters = sum(p.numel() for p in model.parameters())
@@ -554,8 +549,8 @@ def main(argv: list[str] | None = None) -> None:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             if cfg.base and run.is_new:
                 checkpoints.load_base(model, tokenizer, cfg, SIZES)
-            train_data = batches.pad([encode(c, tokenizer, cfg) for c in lessons], cfg.block_size)
-            val_data = batches.pad([encode(c, tokenizer, cfg) for c in test], cfg.block_size)
+            train_data = batches.pad([encode(c, tokenizer) for c in lessons], cfg.block_size)
+            val_data = batches.pad([encode(c, tokenizer) for c in test], cfg.block_size)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"conversations: {sizes}", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop

@@ -144,6 +144,8 @@ class Run:
             name = "data"
             if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
                 name = "val_data"
+            if getattr(cfg, "conversations", ""):
+                name = "conversations"
             raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
         if cfg.max_iters < self.saved["step"]:
             step = self.saved["step"]
