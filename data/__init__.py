@@ -2,7 +2,8 @@
 
 Beside it, corpora.py finds the text and flags.py reads the command line. That is all that part 1
 of the course needs. From part 4 on, token_files.py and prepare.py keep texts as files of token ids.
-files.py replaces a file only when the new one is complete.
+files.py replaces a file only when the new one is complete. For part 8, tasks.py asks questions, and
+conversations.py reads conversations.
 """
 
 import numpy as np

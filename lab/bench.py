@@ -37,13 +37,14 @@ from tqdm import tqdm
 import data
 from data import setting
 from lab.common import generate, train, with_dtype
-from lab.ladder import SCRIPTS, load
+from lab.ladder import SCRIPTS, load, part_of
 from part2_training import v6b_fast
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
-MODELS = [*SCRIPTS[1:], *REFERENCES]
-WRITERS = [*SCRIPTS[SCRIPTS.index("v7a_sampling") :], "transformers"]
+ON_TEXT = [script for script in SCRIPTS if part_of(script) != 8]  # and not on conversations
+MODELS = [*ON_TEXT[1:], *REFERENCES]
+WRITERS = [*ON_TEXT[ON_TEXT.index("v7a_sampling") :], "transformers"]
 SAMPLES = (1, 16)  # texts generated at a time
 VOCAB_SIZE = 65  # as in Shakespeare
 

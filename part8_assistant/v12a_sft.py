@@ -58,7 +58,7 @@ class Config:
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps", gpu=5000, cpu=1500)
     eval_interval: int = setting("steps between loss estimates", gpu=500, cpu=400, least=1)
-    eval_iters: int = setting("batches in a loss estimate", gpu=200, cpu=75, least=1)
+    eval_iters: int = setting("batches in a loss estimate", 25, least=1)
     seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     data: str = setting("shakespeare, python, or a text file", "shakespeare")
@@ -394,13 +394,11 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
     return torch.multinomial(probabilities, num_samples=1)  # (B, 1)
 
 
-def answer(
-    model: LanguageModel, conversations: list, tokenizer: ChatTokenizer, cfg: Config
-) -> list[str]:
-    """Let the model answer the last question of each conversation, without the answer it has."""
+def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Config) -> list[str]:
+    """Answer the last question of each conversation; the model doesn't see the answer it has."""
     prompts = []
-    for conversation in conversations:
-        tokens, _ = encode(conversation[:-1], tokenizer)
+    for chat in chats:
+        tokens, _ = encode(chat[:-1], tokenizer)
         prompts.append([*tokens, tokenizer.assistant])
     replies = answers.complete(model, prompts, tokenizer.end, cfg)
     return [tokenizer.decode(reply) for reply in replies]

@@ -410,6 +410,7 @@ COURSE = {
             "Config.batch_size",
             "Config.block_size",
             "Config.max_iters",
+            "Config.eval_iters",
             "Config.temperature",
             "estimate_loss",
             "train_step",

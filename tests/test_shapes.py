@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import sys
 import tokenize
@@ -160,6 +161,11 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
     if hasattr(script, "learn_merges"):
         prompt, vocab_size = "zzzzz", TINY["vocab_size"]  # five tokens, because "zz" is rare
     flags = [*tiny_flags(script, prompt=prompt), "--data", str(corpus)]
+    if hasattr(script.Config, "conversations"):  # one that fills a window of five tokens, twice
+        path = tmp_path / "conversations.jsonl"
+        roles = [{"role": "user", "content": "T"}, {"role": "assistant", "content": "q"}]
+        path.write_text(f"{json.dumps({'messages': roles})}\n" * 2, encoding="utf-8")
+        flags += ["--conversations", str(path)]
     sizes = tiny(script)
 
     def run():
