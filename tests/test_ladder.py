@@ -429,6 +429,40 @@ COURSE = {
             "main",
         ],
     },
+    "v12a_sft": {
+        "parent": "v9d_gqa",
+        "lesson": "answer questions: conversations, and a loss on the answers alone",
+        "replaces": [
+            "Config.prompt",
+            "Config.max_new_tokens",
+            "Config.num_samples",
+            "Config.prompt_file",
+            "Config.stop",
+        ],
+        "adds": [
+            "Config.task",
+            "Config.n_demonstrations",
+            "Config.conversations",
+            "Config.base",
+            "Config.ask",
+            "ChatTokenizer",
+            "encode",
+            "answer",
+        ],
+        "changes": [
+            "from data",
+            "from support",
+            "Config.batch_size",
+            "Config.block_size",
+            "Config.max_iters",
+            "Config.eval_iters",
+            "Config.temperature",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
