@@ -56,7 +56,7 @@ class Config:
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
     max_iters: int = setting("training steps, the first sft_iters included", 1200)
-    eval_interval: int = setting("steps between loss estimates", 50, least=1)
+    eval_interval: int = setting("steps between loss estimates", 100, least=1)
     eval_iters: int = setting("batches in a loss estimate", 25, least=1)
     seed: int = setting("random seed", 1337)
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
