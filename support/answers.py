@@ -24,8 +24,8 @@ def complete(model: torch.nn.Module, prompts: list[list[int]], end: int, cfg: An
             why = f"a question has {idx.shape[1]} tokens, which leaves no room for an answer"
             raise data.InputError(f"--block_size {cfg.block_size}: {why}; ask a shorter one")
         tokens = list(until_end(model.stream(idx, n_left, cfg), end))
-        continued = torch.cat(tokens, dim=1).tolist()  # (B, T) as a list
-        for row, reply in zip(rows, continued, strict=True):
+        continued = torch.cat(tokens, dim=1)  # (B, tokens until the last one has ended)
+        for row, reply in zip(rows, continued.tolist(), strict=True):
             n = reply.index(end) + 1 if end in reply else len(reply)
             replies[row] = reply[:n]
     model.train()

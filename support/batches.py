@@ -66,6 +66,7 @@ def get_spread_rows(
     They are tokens and targets, int64 (B, T) each, and the same each time. If N is
     n_batches * batch_size, each example is in one of the batches.
     """
-    rows = np.linspace(0, len(examples) - 1, n_batches * batch_size).round().astype(np.int64)
-    batch = torch.from_numpy(examples[rows[i::n_batches]]).to(device)  # (B, 2, T)
+    spread = np.linspace(0, len(examples) - 1, n_batches * batch_size).round()  # (n_batches * B,)
+    rows = spread[i::n_batches].astype(np.int64)  # (B,)
+    batch = torch.from_numpy(examples[rows]).to(device)  # (B, 2, T)
     return batch[:, 0], batch[:, 1]  # (B, T) and (B, T)

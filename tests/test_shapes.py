@@ -13,6 +13,7 @@ import torch
 from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
+from data import tasks
 from lab.common import generate
 from lab.ladder import SCRIPTS, load
 from support import batches
@@ -101,6 +102,9 @@ class ShapeTracer:
             known["kv_size"] = getattr(names["self"].blocks[0].attention, "kv_size", None)
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
+        for name in ("conversations", "examples"):
+            if name in names:
+                known["N"] = len(names[name])
         if isinstance(names.get("matrix"), torch.Tensor):  # orthogonalise and Muon.step
             known["rows"], known["columns"] = names["matrix"].shape
             known["n"] = min(names["matrix"].shape)
@@ -166,6 +170,8 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
         roles = [{"role": "user", "content": "T"}, {"role": "assistant", "content": "q"}]
         path.write_text(f"{json.dumps({'messages': roles})}\n" * 2, encoding="utf-8")
         flags += ["--conversations", str(path)]
+        alphabet = tasks.alphabet(path.read_text(encoding="utf-8"), [])
+        vocab_size = script.ChatTokenizer(alphabet).n_vocab
     sizes = tiny(script)
 
     def run():
@@ -213,12 +219,17 @@ def test_shape_comments_of_the_helper(splits):
 
 def test_shape_comments_of_the_batches(splits):
     size = (TINY["batch_size"], TINY["block_size"])
-    tracer = run_traced(
-        batches.__file__, lambda: batches.get_spread_batch(splits[0], 1, 3, *size, "cpu")
-    )
+
+    def run():
+        batches.get_spread_batch(splits[0], 1, 3, *size, "cpu")
+        examples = batches.pad([([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, 5])], size[1])
+        batches.get_random_rows(examples, size[0])
+        batches.get_spread_rows(examples, 1, 3, size[0], "cpu")
+
+    tracer = run_traced(batches.__file__, run)
     assert tracer.wrong == []
     assert tracer.checked == set(tracer.claims)
-    assert len(tracer.checked) >= 2
+    assert len(tracer.checked) >= 10
 
 
 @pytest.mark.parametrize("claim", ["(3, T)", "(B, T + 1)", "(B,)"])
