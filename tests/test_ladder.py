@@ -441,6 +441,24 @@ COURSE = {
             "main",
         ],
     },
+    "v12c_dpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from pairs of a better and a worse answer",
+        "adds": ["import copy", "Config.beta", "Config.n_questions", "draw_pairs", "Preference"],
+        "changes": [
+            "Config.dropout",
+            "Config.learning_rate",
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.eval_iters",
+            "Config.warmup_iters",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
