@@ -1,25 +1,24 @@
 """v12a_sft.py: supervised fine-tuning: from completing a text to answering a question.
 
-So far, a model continues whatever it reads. To answer, it must know who is speaking and when to
-stop. So each conversation becomes one text, with a special token in front of each message and one
+Until now, a model went on with whatever it read. To answer, it must know who is speaking, and when
+to stop. So a conversation becomes one text, with a special token in front of each message and one
 behind it, and the model learns to continue it:
 
     <user>reverse king<end><assistant>gnik<end>
 
-Special tokens have ids of their own, next to the characters. A marker made of characters could be
-typed by the user, who could then speak as the assistant; no text is encoded as a special token.
+A special token has an id of its own. If the marker were made of characters, a user could type it
+and speak as the assistant; but no text is encoded as a special token.
 
-The loss is the cross-entropy of the answers alone, the mean over their n tokens in a batch:
+Questions are only read. The loss is the mean over the n tokens of all the answers in a batch, with
+their ends (Ouyang et al. 2022, section 3.5; Touvron et al. 2023, section 3.1):
 
-    loss = -1/n * sum over the tokens t of the answers of ln p(token t | tokens before t)
+    loss = -1/n * sum over the tokens t of the answers of ln p(t | all tokens before t)
 
-The questions are only read (Ouyang et al. 2022, section 3.5; Wei et al. 2022). data/tasks.py has
-questions whose answers can be checked; read it first.
-
-New here: ChatTokenizer, encode, answer, and the settings from --task on.
+New here: ChatTokenizer, encode, answer, and the settings from --task on. Read data/tasks.py first:
+          questions on words, and sums, whose answers can be checked.
 Run it:   python part8_assistant/v12a_sft.py
-          python part8_assistant/v12a_sft.py --sample_only --ask "reverse juliet"
-Expect:   right answers to unseen questions.
+          python part8_assistant/v12a_sft.py --sample_only --ask "reverse queen"
+Expect:   from 0% to more than 98% right answers to questions about words that weren't in training.
 Diff:     git diff --no-index part5_modern/v9d_gqa.py part8_assistant/v12a_sft.py
 """
 
