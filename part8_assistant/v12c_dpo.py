@@ -53,7 +53,7 @@ class Config:
     n_embd: int = setting("width of the embeddings", gpu=384, cpu=96, least=1)
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
-    dropout: float = setting("probability of dropping an activation", 0.0, below=1)
+    dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", 1e-4, least=1e-9, below=1)
     max_iters: int = setting("training steps", 100)
     eval_interval: int = setting("steps between loss estimates", 25, least=1)
@@ -406,9 +406,7 @@ def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Con
     return [tokenizer.decode(reply) for reply in replies]
 
 
-def draw_pairs(
-    model: LanguageModel, lessons: list, tokenizer: ChatTokenizer, cfg: Config
-) -> list[tasks.Conversation]:
+def draw_pairs(model: LanguageModel, lessons: list, tokenizer: ChatTokenizer, cfg: Config) -> list:
     """Answer questions twice; where one answer of two is right, return that, then the other."""
     asked = lessons[: cfg.n_questions]
     replies = answer(model, asked + asked, tokenizer, cfg)
@@ -426,22 +424,19 @@ def draw_pairs(
 class Preference(nn.ModuleList):
     """A model and its reference, which read the same pairs of answers."""
 
-    def __init__(self, model: LanguageModel, reference: LanguageModel, beta: float) -> None:
-        super().__init__([model, reference])
-        self.beta = beta
-
-    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> tuple[None, torch.Tensor]:
-        """Return None and the loss of the lesson, from tokens and targets, int64 (B, 2, T) each."""
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return gains, float (B, 2), and their loss, from tokens and targets, int64 (B, 2, T)."""
+        self.eval()  # no dropout: the reference has none
         log_p = []
         for model in self:
-            logits, _ = model(idx.flatten(0, 1))  # (2 * B, T, V)
+            logits, _ = model(x.flatten(0, 1))  # (2 * B, T, V)
             logits = logits.transpose(1, 2)  # (2 * B, V, T)
-            losses = F.cross_entropy(logits, targets.flatten(0, 1), reduction="none")
-            log_p.append(-losses.sum(dim=1).view(-1, 2))  # (B, 2)
+            losses = F.cross_entropy(logits, y.flatten(0, 1), reduction="none")  # (2 * B, T)
+            log_p.append(-losses.sum(dim=1).view(-1, 2))
         gains = log_p[0] - log_p[1]  # (B, 2)
         self.gains = gains.detach().mean(dim=0)  # (2,), for the log
         margins = gains[:, 0] - gains[:, 1]  # (B,)
-        return None, -F.logsigmoid(self.beta * margins).mean()  # ()
+        return gains, -F.logsigmoid(self.beta * margins).mean()  # (B, 2) and ()
 
 
 @torch.no_grad()
@@ -453,7 +448,7 @@ def estimate_loss(model: LanguageModel, tokens: np.ndarray, cfg: Config) -> floa
     model.eval()  # switches off dropout, if the model has any
     losses = torch.zeros(cfg.eval_iters)  # (eval_iters,)
     for i in range(cfg.eval_iters):
-        x, y = batches.get_spread_rows(  # (B, T) each
+        x, y = batches.get_spread_rows(  # (B, 2, T) each
             tokens, i, cfg.eval_iters, cfg.batch_size, cfg.device
         )
         with autocast(cfg):
@@ -489,8 +484,8 @@ def train_step(
     """Move the weights a little, so that the loss on one random batch falls."""
     # The batch and the dropout of a step follow from these two numbers, and from nothing else.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
-    x, y = batches.get_random_rows(tokens, cfg.batch_size)  # (B, T) each
-    x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
+    x, y = batches.get_random_rows(tokens, cfg.batch_size)  # (B, 2, T) each
+    x, y = hardware.to_device([x, y], cfg.device)  # (B, 2, T) each
     with autocast(cfg):
         _, loss = model(x, y)  # ()
     optimizer.zero_grad()  # backward() adds to the gradients, so clear the last step's
@@ -586,8 +581,7 @@ def main(argv: list[str] | None = None) -> None:
         if not cfg.sample_only:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             if not cfg.base:
-                why = "missing; train v12a_sft.py with --task sums, and name the folder of that run"
-                raise data.InputError(f"--base: {why}")
+                raise data.InputError("--base: missing; name a run of v12a_sft.py --task sums")
             checkpoints.load_base(model, tokenizer, cfg, SIZES)
             reference = copy.deepcopy(model).requires_grad_(False)
             own = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
@@ -596,7 +590,8 @@ def main(argv: list[str] | None = None) -> None:
             pairs = pairs.reshape(-1, 2, 2, cfg.block_size).swapaxes(1, 2)  # tokens, then targets
             print(f"pairs: {len(pairs):,} from {cfg.n_questions:,} questions", file=sys.stderr)
             with run:  # from here on, Ctrl-C only asks train to stop
-                preference = Preference(model, reference, cfg.beta)
+                preference = Preference([model, reference])
+                preference.beta = cfg.beta
                 train(model, preference, pairs, test, tokenizer, own, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)

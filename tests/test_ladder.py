@@ -446,7 +446,6 @@ COURSE = {
         "lesson": "learn from pairs of a better and a worse answer",
         "adds": ["import copy", "Config.beta", "Config.n_questions", "draw_pairs", "Preference"],
         "changes": [
-            "Config.dropout",
             "Config.learning_rate",
             "Config.max_iters",
             "Config.eval_interval",
@@ -455,6 +454,8 @@ COURSE = {
             "Config.task",
             "Config.base",
             "answer",
+            "estimate_loss",
+            "train_step",
             "train",
             "main",
         ],

@@ -15,7 +15,7 @@ from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 import data
 from data import tasks
 from lab.common import generate
-from lab.ladder import SCRIPTS, load
+from lab.ladder import PARENTS, SCRIPTS, load
 from support import batches
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
@@ -87,6 +87,8 @@ class ShapeTracer:
             if isinstance(names.get(name), torch.Tensor):
                 B, *sizes = names[name].shape
                 T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
+                if not names[name].is_floating_point():
+                    T = sizes[-1]  # (B, 2, T)
                 known |= {"B": B, "T": T}
                 break
         if "key" in names and "x" not in names:  # KVCache.append
@@ -108,6 +110,8 @@ class ShapeTracer:
         if isinstance(names.get("matrix"), torch.Tensor):  # orthogonalise and Muon.step
             known["rows"], known["columns"] = names["matrix"].shape
             known["n"] = min(names["matrix"].shape)
+        if isinstance(names.get("rewards"), torch.Tensor):  # advantages_of
+            known.setdefault("n_questions", len(names["rewards"]))
         if isinstance(names.get("tokens"), np.ndarray):  # describe_best
             known["n"] = len(names["tokens"])
         if "sizes" in names:
@@ -172,6 +176,13 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
         flags += ["--conversations", str(path)]
         alphabet = tasks.alphabet(path.read_text(encoding="utf-8"), [])
         vocab_size = script.ChatTokenizer(alphabet).n_vocab
+    if hasattr(script, "draw_pairs"):  # and the answers of its base, of which one is right
+        base = tmp_path / "base"
+        parent = load(PARENTS[name])
+        parent.main([*tiny_flags(parent, out_dir=base), "--conversations", str(path)])
+        right = iter([True, False] * 99)
+        monkeypatch.setattr(tasks, "is_right", lambda chat, answer: next(right))
+        flags += ["--base", str(base)]
     sizes = tiny(script)
 
     def run():
@@ -182,6 +193,8 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--sample_only", "--temperature", "0"])
             model = script.LanguageModel(sizes, vocab_size)
             generate(script, model, torch.zeros(2, 3).long(), 4, sizes)
+        if hasattr(script, "draw_pairs"):  # whose own loss is another
+            model(torch.zeros(2, 3).long(), torch.zeros(2, 3).long())
         if hasattr(script.LanguageModel, "make_caches"):  # several tokens after others
             caches = model.make_caches(2)
             model(torch.zeros(2, 2).long(), caches=caches)

@@ -23,6 +23,12 @@ def make_model(seed=1, **changes):
     return shaken(v12c.LanguageModel(tiny(v12c, **changes), TOKENIZER.n_vocab))
 
 
+def make_preference(model, reference, beta):
+    preference = v12c.Preference([model, reference])
+    preference.beta = beta
+    return preference
+
+
 def examples_of(*replies, question="ab", block_size=14):
     """Pairs of answers, right ones first, as main() makes them."""
     chats = [tasks.ask(question, reply) for reply in replies]
@@ -49,19 +55,20 @@ def test_the_loss_is_that_of_the_lesson():
     pairs = [("cd", "d"), ("abcdabcd", "ef"), ("h", "")]
     x, y = torch.from_numpy(examples_of(*pairs[0], *pairs[1], *pairs[2])).unbind(1)
     assert x.shape == y.shape == (3, 2, 14)
-    preference = v12c.Preference(model, reference, beta=0.3)
-    _, loss = preference(x, y)
+    preference = make_preference(model, reference, beta=0.3)
+    found, loss = preference(x, y)
     gains = [[log_p(model, "ab", r) - log_p(reference, "ab", r) for r in pair] for pair in pairs]
     losses = [math.log(1 + math.exp(-0.3 * (right - wrong))) for right, wrong in gains]
     assert loss.item() == pytest.approx(sum(losses) / 3, rel=1e-4)
-    expected = torch.tensor(gains).mean(dim=0)
-    torch.testing.assert_close(preference.gains, expected, rtol=1e-4, atol=1e-4)
+    expected = torch.tensor(gains)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(preference.gains, expected.mean(dim=0), rtol=1e-4, atol=1e-4)
 
 
 def test_it_begins_at_the_logarithm_of_2_and_the_reference_stays():
     model = make_model(block_size=14)
     reference = copy.deepcopy(model).requires_grad_(False)
-    preference = v12c.Preference(model, reference, beta=0.5)
+    preference = make_preference(model, reference, beta=0.5)
     x, y = torch.from_numpy(examples_of("cd", "d", "c", "ef")).unbind(1)
     _, loss = preference(x, y)
     assert loss.item() == pytest.approx(math.log(2))
@@ -74,7 +81,7 @@ def test_training_prefers_the_first_of_two():
     cfg = tiny(v12c, block_size=14, batch_size=4, learning_rate=1e-3, warmup_iters=0, max_iters=30)
     model = make_model(block_size=14)
     reference = copy.deepcopy(model).requires_grad_(False)
-    preference = v12c.Preference(model, reference, beta=0.5)
+    preference = make_preference(model, reference, beta=0.5)
     optimizer = v12c.make_optimizer(model, cfg)
     pairs = examples_of("cd", "d", "c", "ef", "gg", "h")
     before = v12c.estimate_loss(preference, pairs, cfg)
@@ -163,7 +170,7 @@ def test_settings_for_samples_change_nothing_in_training(flags, tmp_path, capsys
 
 def test_without_a_base_it_says_how_to_make_one(capsys):
     line = refused(v12c, capsys, *tiny_flags(v12c, block_size=40))
-    assert line.startswith("error: --base: missing; train v12a_sft.py with --task sums")
+    assert line.startswith("error: --base: missing; name a run of v12a_sft.py --task sums")
 
 
 def test_a_run_can_be_sampled_without_its_base(flags, tmp_path, capsys):
