@@ -160,8 +160,12 @@ def penalised_update(reference: torch.nn.Module, examples: list) -> Callable:
 
 
 def reinforce(
-    variant: str, model: torch.nn.Module, lessons: list, test: list,
-    tokenizer: data.CharTokenizer, cfg: Config,
+    variant: str,
+    model: torch.nn.Module,
+    lessons: list,
+    test: list,
+    tokenizer: data.CharTokenizer,
+    cfg: Config,
 ) -> list[tuple[int, float, float, float]]:
     """Continue a fine-tuned model; return (step, right, worked out, characters) of estimates."""
     own = replace(cfg, temperature=1.0)
