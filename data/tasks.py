@@ -205,3 +205,16 @@ def print_answers(conversations: list[Conversation], answers: list[str]) -> None
         is_wrong = expected != "" and not is_right(conversation, answer)
         remark = f"  (wrong: it is {expected})" if is_wrong else ""
         print(f"user: {question}\nassistant: {answer}{remark}")
+
+
+def share_wrong(conversations: list[Conversation], answers: list[str]) -> float:
+    """The share of wrong answers, 0 to 1."""
+    pairs = zip(conversations, answers, strict=True)
+    return sum(not is_right(conversation, answer) for conversation, answer in pairs) / len(answers)
+
+
+def describe_style(answers: list[str]) -> str:
+    """How many answers are worked out, with "=" in them, and how long answers are, as text."""
+    worked_out = sum("=" in answer for answer in answers) / len(answers)
+    length = sum(len(answer) for answer in answers) / len(answers)
+    return f"worked out {100 * worked_out:.1f}%, {length:.1f} characters"

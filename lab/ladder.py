@@ -59,6 +59,8 @@ PARENTS = {
     "v11c_llama_weights": "v11b_tokenizer",
     "v11d_chat": "v11c_llama_weights",
     "v12a_sft": "v9d_gqa",
+    "v12b_grpo": "v12a_sft",
+    "v12c_dpo": "v12a_sft",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

@@ -463,6 +463,48 @@ COURSE = {
             "main",
         ],
     },
+    "v12b_grpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from one's own answers, and from nothing but whether they are right",
+        "adds": [
+            "Config.sft_iters",
+            "Config.n_answers",
+            "Config.rl_learning_rate",
+            "advantages_of",
+            "grpo_step",
+            "update",
+        ],
+        "changes": [
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "learning_rate_at",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
+    "v12c_dpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from pairs of a better and a worse answer",
+        "adds": ["import copy", "Config.beta", "Config.n_questions", "draw_pairs", "Preference"],
+        "changes": [
+            "Config.learning_rate",
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.eval_iters",
+            "Config.warmup_iters",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.

@@ -15,7 +15,7 @@ from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 import data
 from data import tasks
 from lab.common import generate
-from lab.ladder import SCRIPTS, load
+from lab.ladder import PARENTS, SCRIPTS, load
 from support import batches
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
@@ -97,6 +97,8 @@ class ShapeTracer:
             if isinstance(names.get(name), torch.Tensor):
                 B, *sizes = names[name].shape
                 T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
+                if not names[name].is_floating_point():
+                    T = sizes[-1]  # (B, 2, T)
                 known |= {"B": B, "T": T}
                 break
         if isinstance(names.get("ids"), list):  # Conversation.read and Conversation.answer
@@ -120,6 +122,8 @@ class ShapeTracer:
         if isinstance(names.get("matrix"), torch.Tensor):  # orthogonalise and Muon.step
             known["rows"], known["columns"] = names["matrix"].shape
             known["n"] = min(names["matrix"].shape)
+        if isinstance(names.get("rewards"), torch.Tensor):  # advantages_of
+            known.setdefault("n_questions", len(names["rewards"]))
         if isinstance(names.get("tokens"), np.ndarray):  # describe_best
             known["n"] = len(names["tokens"])
         if isinstance(names.get("windows"), np.ndarray):  # all of v8g's, or those of a batch
@@ -186,6 +190,13 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
         flags += ["--conversations", str(path)]
         alphabet = tasks.alphabet(path.read_text(encoding="utf-8"), [])
         vocab_size = script.ChatTokenizer(alphabet).n_vocab
+    if hasattr(script, "draw_pairs"):  # and the answers of its base, of which one is right
+        base = tmp_path / "base"
+        parent = load(PARENTS[name])
+        parent.main([*tiny_flags(parent, out_dir=base), "--conversations", str(path)])
+        right = iter([True, False] * 99)
+        monkeypatch.setattr(tasks, "is_right", lambda chat, answer: next(right))
+        flags += ["--base", str(base)]
     sizes = tiny(script)
 
     def run():
@@ -201,6 +212,8 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             conversation = script.Conversation(model, tokenizer, sizes)
             list(conversation.answer("a"))
             list(conversation.answer("b"))  # several tokens after others
+        if hasattr(script, "draw_pairs"):  # whose own loss is another
+            model(torch.zeros(2, 3).long(), torch.zeros(2, 3).long())
         switches = [s for s in ("relu_squared", "fused_attention") if hasattr(sizes, s)]
         if switches:  # on for a GPU, so on in these runs
             off = [f"--no-{switch}" for switch in switches]
