@@ -24,7 +24,8 @@ from support.processes import largest_of_all, n_processes, process_rank
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]  # as on some network drives
 # Settings that only some scripts have, and the values with which they change nothing.
-WITHOUT = {"grad_accum_steps": 1, "minutes": 0.0}
+OF_TRAINING = {"grad_accum_steps": 1, "minutes": 0.0}
+OF_TOKENS = {"vocab_size": 0, "tokenizer": "char"}
 LARGE = 10**9  # bytes of a checkpoint that is announced
 
 
@@ -64,8 +65,9 @@ def read_settings(
             writer = script_path(saved["script"])
             why = f"written by {writer}, whose model has no {name}; use that script"
             raise InputError(f"{saved['path']}: {why}")
-    for name, value in WITHOUT.items():
-        if cfg.resume and not hasattr(cfg, name) and config.get(name, value) != value:
+    needed = {**OF_TRAINING, **OF_TOKENS} if cfg.resume else OF_TOKENS
+    for name, value in needed.items():
+        if not hasattr(cfg, name) and config.get(name, value) != value:
             flag, writer = f"--{name} {config[name]}", script_path(saved["script"])
             why = f"written by {writer} with {flag}, which this script doesn't have; use that one"
             raise InputError(f"{saved['path']}: {why}")
