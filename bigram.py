@@ -17,9 +17,9 @@ New here: the code around the model, which later scripts keep: AdamW, loss estim
           Read data/__init__.py first: token ids, the two splits of a text, and random batches.
 Run it:   python bigram.py
           python bigram.py --prompt "ROMEO:" --max_new_tokens 200
-Expect:   a validation loss of about 2.50 with the CPU defaults. Counting the character pairs of
-          the training text (with add-one smoothing) scores 2.482 on the validation split, so
-          longer training would gain little: one character of context isn't enough.
+Expect:   a validation loss of about 2.50 with the CPU defaults. A table made by counting how often
+          each pair occurs in the training text (plus one) scores 2.482 on the validation split,
+          so longer training would gain little: one character of context isn't enough.
 Next:     git diff --no-index bigram.py v2_single_head.py
 """
 
@@ -43,7 +43,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -71,7 +71,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -123,11 +123,11 @@ def train_step(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
@@ -149,7 +149,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 

@@ -2,7 +2,7 @@
 
 The bigram model predicts the next character from just one. Here, every position can look at its
 own character and at all those before it. Each position computes three vectors: a query (what it is
-looking for), a key (what it offers to be matched on) and a value (what it passes on). The dot
+looking for), a key (what queries are compared with) and a value (what it passes on). The dot
 product of its query with a key gives a score: one for its own key, and one for every earlier key. A
 softmax turns the scores into weights, and the output is the weighted average of the values:
 
@@ -15,7 +15,7 @@ which is added to that of its token.
 New here: Head, position_embedding, lm_head; generate crops the context to block_size. On a GPU, the
           learning rate is smaller: 1e-2 was right for the table, but is too much for attention.
 Run it:   python v2_single_head.py
-Probe:    python lab/probes.py --task look_back,order    # tasks that the parent can't solve
+Probe:    python lab/probes.py --task look_back,order    # tasks that bigram.py can't solve
 Expect:   a validation loss of about 2.35 with the CPU defaults; bigram.py reaches 2.50.
 Diff:     git diff --no-index bigram.py v2_single_head.py
 """
@@ -40,7 +40,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -66,8 +66,8 @@ class Head(nn.Module):
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
-        # No biases, as in the paper. One on the keys would make no difference: it would add the
-        # same number to all scores of a query, and the softmax only looks at differences.
+        # No biases, as in the paper. One on the keys would have no effect: it would add the same
+        # number to all scores of a query, and the softmax depends only on how far they are apart.
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
@@ -111,7 +111,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -168,11 +168,11 @@ def train_step(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
@@ -194,7 +194,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 

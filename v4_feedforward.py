@@ -9,7 +9,7 @@ with the same weights at every position:
 
 New here: FeedForward.
 Run it:   python v4_feedforward.py
-Probe:    python lab/probes.py --task add    # tasks that the parent can't solve
+Probe:    python lab/probes.py --task add    # a task that v3_multi_head.py can't solve
 Expect:   a validation loss of about 1.83 with the CPU defaults; v3_multi_head.py reaches 2.10.
 Diff:     git diff --no-index v3_multi_head.py v4_feedforward.py
 """
@@ -34,7 +34,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -61,8 +61,8 @@ class Head(nn.Module):
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
-        # No biases, as in the paper. One on the keys would make no difference: it would add the
-        # same number to all scores of a query, and the softmax only looks at differences.
+        # No biases, as in the paper. One on the keys would have no effect: it would add the same
+        # number to all scores of a query, and the softmax depends only on how far they are apart.
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -203,11 +203,11 @@ def train_step(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
@@ -229,7 +229,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 

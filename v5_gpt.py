@@ -1,26 +1,26 @@
-"""v5_gpt.py: the GPT: a stack of blocks of attention and feed-forward network.
+"""v5_gpt.py: the GPT, a stack of blocks, each with attention and a feed-forward network.
 
 Each block builds on what the blocks below it found:
 
     x = x + attention(LayerNorm(x))
     x = x + feed_forward(LayerNorm(x))
 
-Four ideas help such a stack to train. Each comes with the loss of a run in which it is changed (CPU
-defaults, three seeds, lab/ablation.py); v5 itself ends at 1.68.
+Four ideas help such a stack to train. v5 ends at a loss of 1.68; below is what it is without each
+of them or, for dropout, with it (CPU defaults, mean of three seeds, lab/ablation.py).
 
 - Residual connections: each part adds to x, which gives the gradient a direct path to every layer.
-  Without them: 3.35. The model learns frequencies, no more. (One layer, as in v4, needs none.)
+  Without them: 3.35. The model only learns how often each character occurs.
 - LayerNorm brings a position's vector to mean 0 and variance 1, then applies a learned scale and
-  shift. It stands in front of each part and behind the last block, not in x. Without it: 1.77.
+  shift. Each part, and lm_head, reads a normalised x; x itself stays as it is. Without: 1.77.
 - Small initial weights (standard deviation 0.02) keep the first logits near 0 and the first loss
-  near ln(V), at 4.18. PyTorch's own initialisation starts at 4.36 but, at this size, ends as low.
+  near ln(V), at 4.18. With PyTorch's own, it starts at 4.36 but, at this size, ends as low.
 - Dropout zeroes random activations in training and scales up the others, so that a large model
-  doesn't memorise its text. On the CPU it is off: the model is small, and 0.2 would give 1.80.
-  With only 100,000 characters, it helps: 2.30 with 0.2, and 2.69 without.
+  doesn't memorise its text. On the CPU it is off: the model is small, and dropping 20% would give
+  1.80. If it has only 100,000 characters to learn from, dropout helps: 2.30 instead of 2.69.
 
 New here: Block, n_layer, norm_f, dropout, the initialisation.
 Run it:   python v5_gpt.py
-Probe:    python lab/probes.py --task two_hops,depth    # tasks that the parent can't solve
+Probe:    python lab/probes.py --task two_hops,depth    # tasks that v4_feedforward.py can't solve
 Expect:   a validation loss of about 1.68 with the CPU defaults; v4_feedforward.py reaches 1.83.
 Diff:     git diff --no-index v4_feedforward.py v5_gpt.py
 """
@@ -45,7 +45,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -74,8 +74,8 @@ class Head(nn.Module):
     def __init__(self, cfg: Config, head_size: int) -> None:
         super().__init__()
         self.head_size = head_size
-        # No biases, as in the paper. One on the keys would make no difference: it would add the
-        # same number to all scores of a query, and the softmax only looks at differences.
+        # No biases, as in the paper. One on the keys would have no effect: it would add the same
+        # number to all scores of a query, and the softmax depends only on how far they are apart.
         self.query = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.key = nn.Linear(cfg.n_embd, head_size, bias=False)
         self.value = nn.Linear(cfg.n_embd, head_size, bias=False)
@@ -179,7 +179,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -190,7 +190,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -249,11 +249,11 @@ def train_step(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
@@ -275,7 +275,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 

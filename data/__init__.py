@@ -1,8 +1,9 @@
 """From text to batches: turn characters into token ids, split them, and draw random windows.
 
 Beside it, corpora.py finds the text and flags.py reads the command line. That is all that part 1
-of the course needs. From part 4 on, token_files.py and prepare.py keep texts as files of token ids.
-files.py replaces a file only when the new one is complete.
+of the course needs. For part 4, prepare.py makes files of token ids, and token_files.py reads them.
+For part 8, tasks.py asks questions, and conversations.py reads conversations. files.py replaces a
+file only when the new one is complete.
 """
 
 import numpy as np
@@ -51,7 +52,7 @@ def split(
     """The first 90% of the tokens for training and the last 10% for validation.
 
     A list becomes an array of uint16. Anything that can be cut like an array is only cut: an array
-    of another dtype, or a file of tokens (token_files.py).
+    of another dtype, or a file that is mapped into memory (token_files.py).
 
     Raises InputError, with the name of the corpus, if the last 10% are too short for a window and
     its targets.

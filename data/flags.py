@@ -229,9 +229,10 @@ def help_text(f: Field) -> str:
 
 def best_device() -> str:
     """The device used when --device isn't given: "cuda", "mps" or "cpu"."""
-    if torch.cuda.is_available():
+    # A GPU may be there and yet be too old for this PyTorch, so try it.
+    if torch.cuda.is_available() and is_usable("cuda"):
         return "cuda"
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available() and is_usable("mps"):
         return "mps"
     return "cpu"
 

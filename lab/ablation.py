@@ -1,17 +1,21 @@
-"""ablation.py: what each idea of v5_gpt.py, or of v6c_recipe.py, is worth: train without it.
+"""ablation.py: what each idea of v5_gpt.py, v6c_recipe.py or v8c_gpt2.py is worth: leave it out.
 
 Of v5's four ideas, three are left out in turn: the residual connections, LayerNorm, and the
 initialisation (PyTorch's own takes its place). The fourth, dropout, is off by default on the CPU.
 It matters to a model that is large for its text, so it is switched on twice: for the whole text and
 for a small part of it. Of v6c's recipe, each ingredient is left out in turn, and then all of them.
-With the same seed, all runs start from the same weights, except with the default initialisation.
+Of v8c, each change to v8b is taken back in turn: GELU, the tied output layer, the smaller
+projections, the biases of queries, keys and values. With the same seed, all runs start from the
+same weights, except where the initialisation or the output layer is another one.
 
 Run it:   python lab/ablation.py
           python lab/ablation.py --script v6c_recipe
+          python lab/ablation.py --script v8c_gpt2
           python lab/ablation.py --seeds 1 --n_layer 8 --variants "v5, no LayerNorm"
 Writes:   lab/out/ablation.md, a table of losses: the mean over the seeds, and their range.
 """
 
+import math
 import platform
 import sys
 from collections.abc import Callable
@@ -27,13 +31,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the scripts a
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 from tqdm import tqdm
 
 import data
 import v5_gpt
 from data import setting
 from data.flags import make_parser
-from lab.common import train, whole_loss
+from lab.common import load_corpus, train, whole_loss
 from lab.ladder import load
 from part2_training import v6b_fast, v6c_recipe
 
@@ -47,12 +52,16 @@ VARIANTS = {
         "v6c", "no warm-up", "no decay", "no clipping", "weight decay 0.01", "decay everything",
         "beta2 0.999", "learning rate 2e-3", "v6b",
     ],
+    "v8c_gpt2": [
+        "v8c", "ReLU", "untied output layer", "projections as large as the rest",
+        "no biases of queries, keys and values",
+    ],
 }  # fmt: skip
 
 
 @dataclass
 class Config(v6c_recipe.Config):
-    """The settings of the two scripts, and what to train."""
+    """The settings of the scripts, and what to train."""
 
     script: str = setting("the script whose ideas to leave out", "v5_gpt", choices=list(VARIANTS))
     variants: str = setting("what to train, separated by commas; by default, everything", "")
@@ -81,6 +90,13 @@ def make_model(variant: str, script: Any, cfg: Any, vocab_size: int) -> nn.Modul
             remove_layer_norm(model)
         if variant == "default initialisation":
             initialise_by_default(model)
+        if variant == "untied output layer":
+            untie(model)
+        if variant == "projections as large as the rest":
+            enlarge_projections(model)
+        if variant == "no biases of queries, keys and values":
+            for block in model.blocks:
+                block.attention.query_key_value.bias = None
     return model
 
 
@@ -105,6 +121,27 @@ def initialise_by_default(model: v5_gpt.LanguageModel) -> None:
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Embedding):
             module.reset_parameters()
+
+
+# ---- v8c's changes to v8b
+
+
+def untie(model: nn.Module) -> None:
+    """Give the output layer weights of its own, drawn like those of the token embedding."""
+    weight = torch.empty_like(model.token_embedding.weight)  # (V, n_embd)
+    model.lm_head.weight = nn.Parameter(nn.init.normal_(weight, std=0.02))
+
+
+def enlarge_projections(model: nn.Module) -> None:
+    """Give the projections the standard deviation of the other matrices."""
+    for name, parameter in model.named_parameters():
+        if name.endswith("projection.weight"):
+            parameter.data *= math.sqrt(2 * len(model.blocks))
+
+
+def relu(x: torch.Tensor, approximate: str) -> torch.Tensor:
+    """ReLU, called as v8c calls GELU."""
+    return functional.relu(x)
 
 
 # ---- v6c's recipe
@@ -132,12 +169,13 @@ def with_usual_beta2(model: nn.Module, cfg: v6c_recipe.Config) -> torch.optim.Ad
 
 
 v6c_make_optimizer = v6c_recipe.make_optimizer
-# For the variants of v6c that aren't a matter of settings: the function to replace, and by what.
+# For variants that other settings or weights don't make: the function to replace, and by what.
 REPLACEMENTS: dict[str, tuple[Any, str, Callable]] = {
     "no decay": (v6c_recipe, "learning_rate_at", constant_after_warmup),
     "no clipping": (nn.utils, "clip_grad_norm_", lambda *_, **__: None),
     "decay everything": (v6c_recipe, "make_optimizer", decay_everything),
     "beta2 0.999": (v6c_recipe, "make_optimizer", with_usual_beta2),
+    "ReLU": (functional, "gelu", relu),
 }
 CHANGED_SETTINGS = {
     "no warm-up": {"warmup_iters": 0},
@@ -215,10 +253,8 @@ def main(argv: list[str] | None = None) -> None:
         given = vars(make_parser(Config, "").parse_args(argv))
         variants = names_of_variants(cfg)
         script = load(cfg.script)
-        text = data.load_text(cfg.data)
-        tokenizer = data.CharTokenizer(text)
         settings = settings_of(script, given, cfg.seed)
-        train_data, val_data = data.split(tokenizer.encode(text), settings.block_size)
+        tokenizer, train_data, val_data = load_corpus(script, settings)
         make_model("", script, settings, tokenizer.n_vocab)  # finds sizes that don't fit
         path = Path(cfg.out) / "ablation.md"
         try:

@@ -4,12 +4,15 @@ All models have the same shape, and so does the GPT-2 of the library transformer
 They take turns, round after round, so that whatever else the machine does slows all of them alike.
 Each turn has a process of its own. A training turn is one step to warm up and then the steps that
 count, exactly as the script's own train() runs them. A generation turn fills the context of
-block_size tokens, starting from one token, or generates --new_tokens tokens.
+block_size tokens, starting from one token, or generates --new_tokens tokens. With --vocabularies,
+v8a_byte_pairs.py learns that many tokens from the training split of Shakespeare, and encodes all of
+it.
 
 Run it:   python lab/bench.py
           python lab/bench.py --models v5_gpt,v6b_fast --batch_size 24 --block_size 64 --steps 50
           python lab/bench.py --models "" --writers v7a_sampling,v7b_kv_cache
-Writes:   lab/out/bench.md, two tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
+          python lab/bench.py --models "" --writers "" --vocabularies 1024,4096
+Writes:   lab/out/bench.md, tables of medians, with ratios to v5_gpt.py and v7a_sampling.py.
 """
 
 import os
@@ -37,13 +40,18 @@ from tqdm import tqdm
 import data
 from data import setting
 from lab.common import generate, train, with_dtype
-from lab.ladder import SCRIPTS, load
+from lab.ladder import SCRIPTS, load, part_of
 from part2_training import v6b_fast
+from part4_gpt2 import v8a_byte_pairs
+from support import hardware
+from support.stopwatch import wait_for
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
-MODELS = [*SCRIPTS[1:], *REFERENCES]
-WRITERS = [*SCRIPTS[SCRIPTS.index("v7a_sampling") :], "transformers"]
+# v8g trains by epochs, and a step of it is one of v8f; part 8 trains on conversations.
+ON_TEXT = [script for script in SCRIPTS if part_of(script) != 8]
+MODELS = [script for script in ON_TEXT[1:] if script != "v8g_epochs"] + REFERENCES
+WRITERS = [*ON_TEXT[ON_TEXT.index("v7a_sampling") :], "transformers"]
 SAMPLES = (1, 16)  # texts generated at a time
 VOCAB_SIZE = 65  # as in Shakespeare
 
@@ -64,6 +72,7 @@ class Config:
     device: str = setting("cuda, mps, cpu or any other PyTorch device", gpu="cuda", cpu="cpu")
     models: str = setting("what to train, separated by commas", ",".join(MODELS))
     writers: str = setting("what to generate with, separated by commas", ",".join(WRITERS))
+    vocabularies: str = setting("numbers of v8a's tokens to learn, separated by commas", "")
     new_tokens: int = setting("tokens to generate; 0 fills the context", 0, below=1_000_000)
     rounds: int = setting("turns of each model", gpu=5, cpu=3, least=1)
     steps: int = setting("training steps in a turn, after one to warm up", gpu=50, cpu=2, least=1)
@@ -166,8 +175,8 @@ def take_turn(name: str, cfg: Config) -> Turn:
     def note_time(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if not isinstance(optimizer, torch.optim.AdamW):
             return  # in v10a, AdamW follows Muon in each step
-        if cfg.device.startswith("cuda") and len(times) in (0, cfg.steps):
-            torch.cuda.synchronize(cfg.device)
+        if len(times) in (0, cfg.steps):
+            wait_for(cfg.device)
         times.append(time.perf_counter())
 
     hook = register_optimizer_step_post_hook(note_time)
@@ -241,6 +250,45 @@ def write_turn(name: str, cfg: Config, num_samples: int) -> float:
 def count_new_tokens(cfg: Config) -> int:
     """How many tokens a generation turn adds to the first one."""
     return cfg.block_size - 1 if cfg.new_tokens == 0 else cfg.new_tokens
+
+
+def token_turn(vocab_size: int, cfg: Config) -> tuple[float, float]:
+    """Learn v8a's tokens and encode Shakespeare with them: return the seconds that each takes."""
+    text = data.load_text("shakespeare")
+    start = time.perf_counter()
+    merges = v8a_byte_pairs.learn_merges(text[: len(text) * 9 // 10], vocab_size)
+    learned = time.perf_counter()
+    v8a_byte_pairs.BytePairTokenizer(merges).encode(text)
+    return learned - start, time.perf_counter() - learned
+
+
+def token_table(turns: dict[int, list[tuple[float, float]]], cfg: Config) -> str:
+    """The times of v8a's tokens in Markdown: how they were measured, then a row for each number."""
+    lines = [
+        f"Byte pairs of v8a_byte_pairs.py on {platform.machine()}, in one thread: seconds to learn "
+        "them from the training split and to encode the whole text, the median of "
+        f"{cfg.rounds} turns, with the lowest and the highest.",
+        "",
+        "| tokens | to learn | lowest to highest | to encode | lowest to highest |",
+        "|---:|---:|---:|---:|---:|",
+    ]
+    for vocab_size, times in turns.items():
+        cells = [f"{vocab_size:,}"]
+        for seconds in zip(*times, strict=True):
+            cells += [f"{median(seconds):.2f}", f"{min(seconds):.2f} to {max(seconds):.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def numbers_in(text: str) -> list[int]:
+    """The numbers of tokens in text; raises data.InputError for anything else."""
+    numbers = []
+    for word in text.split(","):
+        if word.strip().isdecimal() and 256 <= int(word) <= 2**16:
+            numbers.append(int(word))
+        elif word.strip():
+            raise data.InputError(f"--vocabularies {word.strip()}: not a number from 256 to 65,536")
+    return numbers
 
 
 def circumstances(cfg: Config) -> str:
@@ -320,8 +368,10 @@ def main(argv: list[str] | None = None) -> None:
         cfg = data.read_flags(Config, __doc__, argv)
         names = names_in("models", cfg.models, MODELS)
         writers = names_in("writers", cfg.writers, WRITERS)
-        if not names + writers:
-            raise data.InputError("--models and --writers: both empty; say what to measure")
+        vocabularies = numbers_in(cfg.vocabularies)
+        if not names + writers + vocabularies:
+            why = "all empty; say what to measure"
+            raise data.InputError(f"--models, --writers and --vocabularies: {why}")
         if not set(REFERENCES).isdisjoint(names + writers) and not find_spec("transformers"):
             why = "no transformers; pip install -r requirements-dev.txt"
             raise data.InputError(f"--models, --writers: {why}")
@@ -331,6 +381,8 @@ def main(argv: list[str] | None = None) -> None:
             why = f"not a multiple of --n_kv_head {cfg.n_kv_head}"
             raise data.InputError(f"--n_head {cfg.n_head}: {why}")
         v6b_fast.choose_dtype(config_of(v6b_fast, cfg))
+        if cfg.compile and not hardware.compiler_works(cfg.device):
+            cfg = replace(cfg, compile=False)
         path = Path(cfg.out) / "bench.md"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -339,9 +391,11 @@ def main(argv: list[str] | None = None) -> None:
             raise data.InputError(f"--out {cfg.out}: can't write there ({error})") from None
         turns = {name: [] for name in names}
         write_turns = {(n, name): [] for n in SAMPLES for name in writers}
+        token_turns = {vocab_size: [] for vocab_size in vocabularies}
+        token_round = [(token_turns[n], token_turn, n, cfg) for n in vocabularies]
         train_round = [(turns[name], take_turn, name, cfg) for name in names]
         write_round = [(write_turns[n, name], write_turn, name, cfg, n) for n, name in write_turns]
-        todo = train_round * cfg.rounds + write_round * cfg.rounds
+        todo = (train_round + write_round + token_round) * cfg.rounds
         for results, turn, name, *more in tqdm(todo, desc="turns"):
             try:
                 with ProcessPoolExecutor(1, get_context("spawn"), be_quiet) as process:
@@ -351,6 +405,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise data.InputError(f"{why}; try a smaller --n_embd or --batch_size") from None
         tables = [table(turns, cfg)] if names else []
         tables += [write_table(write_turns, cfg)] if writers else []
+        tables += [token_table(token_turns, cfg)] if vocabularies else []
         path.write_text("\n".join(tables), encoding="utf-8")
         print("\n".join(tables))
 

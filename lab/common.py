@@ -1,5 +1,6 @@
 """common.py: what the programs of lab/ do with any script: train, generate, measure the loss."""
 
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 import data
+from data import token_files
 from support.runs import UnsavedRun
 
 
@@ -21,6 +23,29 @@ def with_dtype(script: ModuleType, cfg: Any) -> Any:
     if not hasattr(script, "choose_dtype"):
         return cfg
     return replace(cfg, dtype=script.choose_dtype(cfg))
+
+
+def load_corpus(script: ModuleType, cfg: Any) -> tuple[Any, np.ndarray, np.ndarray]:
+    """The tokenizer of a script, and the tokens for training and for validation."""
+    if hasattr(script, "BPETokenizer") and token_files.choose_tokenizer(cfg.tokenizer) == "gpt2":
+        tokenizer = script.BPETokenizer()
+        train_data, val_data = token_files.load_splits(cfg, tokenizer, "")
+        return tokenizer, train_data, val_data
+    text = data.load_text(cfg.data)
+    if hasattr(script, "BytePairTokenizer"):
+        n_train = len(text) * 9 // 10  # characters, as in its main()
+        tokenizer = script.make_tokenizer({}, text[:n_train], cfg.vocab_size)
+        splits = [tokenizer.encode(part) for part in (text[:n_train], text[n_train:])]
+        return tokenizer, *(np.array(tokens, dtype=np.uint16) for tokens in splits)  # (n,) each
+    tokenizer = data.CharTokenizer(text)
+    train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
+    return tokenizer, train_data, val_data
+
+
+def bits_per_byte(loss: float, tokenizer: Any, tokens: np.ndarray) -> float:
+    """A loss in nats per token as bits per byte of the text of tokens, int (n,)."""
+    n_bytes = len(tokenizer.decode(tokens.tolist()).encode("utf-8"))
+    return loss / math.log(2) * len(tokens) / n_bytes
 
 
 def train(

@@ -4,7 +4,8 @@ Each script gets the same text, a model of the same size and the same number of 
 max_iters batches of batch_size windows of block_size tokens. The learning rate and the rest of the
 recipe have the script's own defaults, unless a flag sets them for all scripts. A script that
 doesn't have a setting goes without it. Those of part 4 are left out unless --scripts names them:
-the tokens here are characters, theirs are parts of words.
+their tokens are parts of words. Bits per byte compare them with the others, whose tokens are
+characters.
 
 Run it:   python lab/compare.py
           python lab/compare.py --scripts v4_feedforward,v5_gpt --data python --prompt "def "
@@ -30,14 +31,15 @@ from tqdm import tqdm
 import data
 from data import setting
 from data.flags import make_parser
-from lab.common import generate, train, whole_loss
+from lab.common import bits_per_byte, generate, load_corpus, train, whole_loss
 from lab.ladder import PARENTS, SCRIPTS, changed_lines, load, part_of
 from part5_modern import v9d_gqa
 
 matplotlib.use("agg")  # a file, no window
 from matplotlib import pyplot as plt
 
-ON_CHARACTERS = ",".join(name for name in SCRIPTS if part_of(name) != 4)
+# Those of part 4 have other tokens, and those of part 8 learn from conversations.
+ON_CHARACTERS = ",".join(name for name in SCRIPTS if part_of(name) not in (4, 8))
 
 
 @dataclass
@@ -58,12 +60,16 @@ SHARED = [
 
 @dataclass
 class Result:
-    """How one script did: losses in nats, seconds of training including its loss estimates."""
+    """How one script did: losses in nats, seconds of training including its loss estimates.
+
+    bits: val_loss in bits per byte.
+    """
 
     script: str
     parameters: int
     history: list[tuple[int, float, float]]
     val_loss: float
+    bits: float
     seconds: float
     sample: str
 
@@ -76,8 +82,7 @@ def config_of(name: str, cfg: Config, given: dict[str, Any]) -> Any:
 
 
 def train_script(
-    name: str, cfg: Any, tokenizer: data.CharTokenizer, train_data: np.ndarray,
-    val_data: np.ndarray,
+    name: str, cfg: Any, tokenizer: Any, train_data: np.ndarray, val_data: np.ndarray
 ) -> Result:
     """Train one script and sample from it; val_loss is over the whole of val_data."""
     script = load(name)
@@ -90,11 +95,13 @@ def train_script(
     start_text = cfg.prompt if cfg.prompt else "\n"
     prompt = torch.tensor([tokenizer.encode(start_text)], device=cfg.device)  # (1, T)
     sample = generate(script, model, prompt, cfg.max_new_tokens, cfg)  # (1, T + max_new_tokens)
+    val_loss = whole_loss(model, val_data, cfg)
     return Result(
         script=name,
         parameters=sum(p.numel() for p in model.parameters()),
         history=history,
-        val_loss=whole_loss(model, val_data, cfg),
+        val_loss=val_loss,
+        bits=bits_per_byte(val_loss, tokenizer, val_data),
         seconds=seconds,
         sample=tokenizer.decode(sample[0].tolist()),
     )
@@ -108,22 +115,23 @@ def table(results: list[Result], cfg: Config) -> str:
     settings = ", ".join(f"{key} {getattr(cfg, key)!r}" for key in SHARED)
     lines = [
         f"Each script trained on {tokens:,} tokens ({settings}) with PyTorch {torch.__version__}, "
-        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats; the "
-        "training loss is the last estimate, the validation loss that of the whole split. Seconds "
+        f"{torch.get_num_threads()} threads, on {cfg.device} ({machine}). Losses in nats per "
+        "token; the training loss is the last estimate, the validation loss that of the whole "
+        "split, of which bits per byte are another form that other tokens don't change. Seconds "
         "and tokens/s are those of training, including the loss estimates. Changed lines are those "
         "of the diff to the parent, module docstrings left out.",
         "",
-        "| script | parameters | training loss | validation loss | seconds | tokens/s | "
-        "changed lines |",
-        "|---|---:|---:|---:|---:|---:|---:|",
+        "| script | parameters | training loss | validation loss | bits per byte | seconds | "
+        "tokens/s | changed lines |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for result in results:
         parent = PARENTS[result.script]
         changed = changed_lines(parent, result.script) if parent else "-"
         lines.append(
             f"| `{result.script}.py` | {result.parameters:,} | {result.history[-1][1]:.4f} | "
-            f"{result.val_loss:.4f} | {result.seconds:.0f} | {tokens / result.seconds:,.0f} | "
-            f"{changed} |"
+            f"{result.val_loss:.4f} | {result.bits:.3f} | {result.seconds:.0f} | "
+            f"{tokens / result.seconds:,.0f} | {changed} |"
         )
     for result in results:
         lines += ["", f"`{result.script}.py`:", "", "```text", result.sample.strip("\n"), "```"]
@@ -204,7 +212,10 @@ def main(argv: list[str] | None = None) -> None:
         results = []
         for name in tqdm(names, desc="scripts"):
             tqdm.write(f"{name}.py")
-            result = train_script(name, configs[name], tokenizer, *splits)
+            corpus = (tokenizer, *splits)
+            if part_of(name) == 4:  # other tokens
+                corpus = load_corpus(load(name), configs[name])
+            result = train_script(name, configs[name], *corpus)
             results.append(result)
             markdown.write_text(table(results, cfg), encoding="utf-8")
             histories[f"{name}  {result.val_loss:.2f}"] = result.history

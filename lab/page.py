@@ -47,6 +47,7 @@ PARTS = {
     5: ("Since GPT-2", "What has changed in the architecture since."),
     6: ("The speedrun", "The lowest loss that two CPU cores reach in a few minutes."),
     7: ("Released models", "The settings, tokens and weights of Llama, SmolLM2 and Qwen3."),
+    8: ("An assistant", "From completing a text to answering questions."),
 }
 # The strip "Is this text normal?": runs from the worst to the best, and what to see in each text.
 STRIP = {
@@ -63,7 +64,10 @@ STRIP = {
 }
 # Scripts whose curves are left out of the picture: those of v6a and v6b lie on v5's, and a loss of
 # part 4 is per token of several characters.
-NOT_DRAWN = ["v6a_fused_attention", "v6b_fast", "v8a_byte_pairs", "v8b_gpt2_tokens", "v8c_gpt2"]
+NOT_DRAWN = [
+    "v6a_fused_attention", "v6b_fast", "v8a_byte_pairs", "v8b_gpt2_tokens", "v8c_gpt2", "v8f_gpt1",
+    "v8g_epochs",
+]  # fmt: skip
 
 
 @dataclass

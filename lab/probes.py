@@ -343,8 +343,10 @@ def measure_start(
     model.zero_grad()
     changed = x.clone()  # (B, T)
     changed[:, -2] = (x[:, -2] + 1) % N_SYMBOLS
-    exact = copy.deepcopy(model).double()  # float32 can't show how small some of the numbers are
-    before, after = last_vectors(exact, x), last_vectors(exact, changed)  # (B, T, n_embd) each
+    # float32 can't show how small some of the numbers are. MPS has no float64, but the CPU has.
+    exact = copy.deepcopy(model).cpu().double()
+    before = last_vectors(exact, x.cpu())  # (B, T, n_embd)
+    after = last_vectors(exact, changed.cpu())  # (B, T, n_embd)
     change = (after - before)[:, -1].norm() / before[:, -1].norm()  # ()
     return {
         "change of the last vector with the previous symbol, before training": change.item(),

@@ -10,9 +10,9 @@ computed. The call runs a single program, a fused kernel (Dao et al. 2022), whic
 T * T scores of a head piece by piece and never stores them all, so the memory for attention grows
 with T instead of T * T. It adds up numbers in another order, so results agree except for rounding.
 
-On a CPU, the fused kernel has no dropout. With dropout, PyTorch falls back on separate operations,
-which store all T * T scores again.
-The same seed gives other initial weights than v5's, because they are drawn as one matrix.
+The CPU's fused kernel doesn't support dropout. With dropout, PyTorch falls back on separate
+operations, which store all T * T scores again.
+The same seed gives different initial weights from v5: those of all heads are now one matrix.
 
 New here: query_key_value and scaled_dot_product_attention, which replace Head.
 Run it:   python part2_training/v6a_fused_attention.py
@@ -40,7 +40,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -145,7 +145,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -156,7 +156,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -215,11 +215,11 @@ def train_step(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
@@ -241,7 +241,7 @@ def train(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
         torch.manual_seed(cfg.seed)
 

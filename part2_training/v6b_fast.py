@@ -1,25 +1,26 @@
 """v6b_fast.py: the same model, trained faster.
 
-Nothing here changes what is computed, except for rounding:
+Three changes save time. What is computed stays the same, except for rounding:
 
 - Autocast runs matmuls in bfloat16, with 8 significant bits instead of float32's 24, where the
   hardware supports it (Kalamkar et al. 2019). They are several times faster, and their inputs and
-  outputs take half the memory. The weights, the losses, and the x to which each part adds stay in
-  float32, because adding a small number to a large one in bfloat16 often changes nothing.
+  outputs take half the memory. The weights, the losses and the x of the residual connections stay
+  in float32, because adding a small number to a large one in bfloat16 often changes nothing.
 - torch.compile fuses chains of small operations into single GPU kernels, so that less data travels
-  between the GPU's memory and its cores. It needs Triton on a GPU. On a CPU it is off by default.
-- fused=True makes one pass over the weights in each update, instead of one for each operation in
-  AdamW's formula.
+  between the GPU's memory and its cores. On a CPU it is off by default. On an NVIDIA GPU it needs
+  Triton, which PyTorch installs on Linux.
+- AdamW with fused=True updates all weights in one pass, instead of one pass for each operation in
+  its formula.
 
 The log now shows tokens/s, not counting loss estimates and the first step, in which the model is
 compiled. Two functions of support/hardware.py also save time: to_device copies a batch to a GPU
-while Python goes on, and keep_freed_memory keeps memory in the program that would otherwise go back
-to the system, which fills it with zeros before it can be used again.
+while Python goes on, and keep_freed_memory lets the program reuse the memory that it frees.
+Otherwise the system takes it back, and fills it with zeros before handing it out again.
 
 New here: choose_dtype, autocast, --dtype, --compile, fused=True, tokens/s in the log.
 Run it:   python part2_training/v6b_fast.py
-Expect:   a validation loss of about 1.67 with the CPU defaults, as in v6a_fused_attention.py within
-          seed noise. So small a model is hardly faster than there.
+Expect:   a validation loss of about 1.67 with the CPU defaults, as in v6a_fused_attention.py, up to
+          seed noise. A model this small trains hardly any faster.
 Diff:     git diff --no-index part2_training/v6a_fused_attention.py part2_training/v6b_fast.py
 """
 
@@ -46,7 +47,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -80,8 +81,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -178,7 +179,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -189,7 +190,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -250,30 +251,29 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
-    # AdamW divides the step of each weight by the usual size of its gradient (see v6c_recipe.py).
+    # AdamW divides each weight's step by the average size of its gradient (more in v6c_recipe.py).
     optimizer = torch.optim.AdamW(model.parameters(), lr=cfg.learning_rate, fused=True)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -286,16 +286,16 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)

@@ -6,18 +6,18 @@ For each weight w with gradient g, AdamW keeps averages of g and of its square o
     v = beta2 * v + (1 - beta2) * g**2
     w = w - learning_rate * (m / (sqrt(v) + 1e-8) + weight_decay * w)
 
-(m and v start at 0, so in the first steps they are scaled up.) The recipe around it is GPT-3's
-(Brown et al. 2020, appendix B), with values for a small model and a short run:
+(As they start at 0, m and v are scaled up at first.) The recipe around it is GPT-3's (Brown et al.
+2020, appendix B), with values for a small model and a short run:
 
 - Warm-up: the learning rate rises linearly, while m and v still come from few batches.
-- Decay: then it falls to 0 along half a cosine, so that the weights settle. GPT-3 ends at a tenth.
-- Clipping: if the whole gradient's norm is above 1, scale it to 1: one odd batch does little harm.
+- Decay: then it falls to 0 along half a cosine, so that the weights settle (in GPT-3, to a tenth).
+- Clipping: if all gradients together have a norm above 1, they are scaled down to norm 1.
 - Weight decay pulls matrices and embeddings towards 0, but not biases and LayerNorm's weights. It
-  is 0.1 as in GPT-3, or 0.3 on the CPU, which is better here. So far it was PyTorch's 0.01 for all.
-- beta2 is 0.99, so v averages over about 100 steps. PyTorch's default is 0.999, GPT-3's 0.95.
+  is 0.1 on a GPU, as in GPT-3, and 0.3 on the CPU. v6b had PyTorch's 0.01, for all weights.
+- beta2 is 0.99: v averages over about 100 steps. PyTorch's default is 0.999, GPT-3's 0.95.
 
-The peak of the learning rate is 3e-3 on the CPU, where v6b has 2e-3, and 1e-3 on a GPU.
-Here, the decay brings nearly all of the gain (part2_training/README.md has the loss without each).
+The learning rate's peak is 3e-3 on the CPU (v6b: 2e-3) and 1e-3 on a GPU (v6b: 3e-4). Its decay
+brings nearly all of the gain (part2_training/README.md has the loss without each part).
 
 New here: make_optimizer, learning_rate_at, clipping.
 Run it:   python part2_training/v6c_recipe.py
@@ -48,7 +48,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -84,8 +84,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -182,7 +182,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.Sequential(*[Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -193,7 +193,7 @@ class LanguageModel(nn.Module):
     def forward(
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         """
@@ -277,16 +277,15 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -295,14 +294,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     history = {}
     with tqdm(total=cfg.max_iters, desc="training") as bar:
         for step in range(cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -315,16 +314,16 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg = data.read_flags(Config, __doc__, argv)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = data.load_text(cfg.data)

@@ -1,18 +1,20 @@
 """v7b_kv_cache.py: generate faster, by computing the keys and values of each token only once.
 
-To choose the next token, v7a processes the whole text again. But the keys and values of a token
-depend only on itself and the tokens before it, so they stay the same while the text grows. Here,
+To choose the next token, v7a processes the whole context again. But the key and value of a token
+depend only on that token and those before it, so they stay the same while the text grows. Here,
 each layer keeps them in a cache. A step then processes a single token: it appends the token's key
 and value to the cache, and compares its query with all the keys (Pope et al. 2022).
 
-A key contains the position of its token, so it can't be moved to another position. When the cache
-is full, the newest block_size / 2 tokens are processed again, from position 0 on. In a long text,
-v7a bases each choice on the last block_size tokens, and v7b on at least half as many.
+When the cache is full, the oldest tokens have to go, and all others get a new position. Keys and
+values depend on the position, so the newest block_size / 2 tokens are processed again, from
+position 0 on. In a long text, v7a bases each choice on the last block_size tokens, and v7b on at
+least half as many.
 
 New here: KVCache, and the cache as an argument of the attention, the blocks and the model.
 Run it:   python part3_generation/v7b_kv_cache.py --sample_only --prompt "ROMEO:"
           python part3_generation/v7b_kv_cache.py
-Expect:   the losses of v7a_sampling.py, and the same sample for the first block_size tokens.
+Expect:   the losses of v7a_sampling.py, and the same sample for the first block_size
+          tokens, counting the prompt.
 Diff:     git diff --no-index part3_generation/v7a_sampling.py part3_generation/v7b_kv_cache.py
 """
 
@@ -39,7 +41,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -66,8 +68,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -88,8 +90,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -111,7 +113,7 @@ class KVCache:
         self.length = 0  # the number of tokens in the cache
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T keys and values, float (B, n_head, T, head_size) each; return all of them."""
+        """Add T keys and values, float (B, n_head, T, head_size) each; return all so far."""
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
@@ -149,7 +151,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
@@ -207,7 +209,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -219,7 +221,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -246,6 +248,7 @@ class LanguageModel(nn.Module):
         caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
         for _ in range(max_new_tokens):
             # There are embeddings for block_size positions only, so older tokens drop out of view.
+            # With empty caches, as at first, the whole context is processed.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
             if 0 < caches[0].length < self.block_size:
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
@@ -262,7 +265,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -275,20 +278,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -342,7 +353,7 @@ def train_step(
     cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -358,23 +369,22 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -385,7 +395,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -394,14 +404,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -417,22 +427,22 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -444,7 +454,7 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 train(model, train_data, val_data, cfg, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)

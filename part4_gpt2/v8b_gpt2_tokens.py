@@ -1,20 +1,16 @@
-"""v8b_gpt2_tokens.py: read and write parts of words instead of characters, as GPT-2 does.
+"""v8b_gpt2_tokens.py: read and write GPT-2's own tokens, from files that memory needn't hold.
 
-Byte-pair encoding (Sennrich et al. 2016), as GPT-2 uses it, starts from the 256 bytes. Again and
-again, it adds the most frequent pair of neighbouring tokens to the vocabulary as a new token.
-GPT-2's vocabulary has 50,257 of them: frequent words are one token, rare words a few, and every
-text can be encoded. A token of the validation split has 3.1 characters, so a window of 64 tokens
-sees that much further. The output layer now has 50,257 rows and takes most of the time, so there
-are fewer and smaller batches.
+v8a learns its tokens from the corpus, so that each text has others. GPT-2 (Radford et al. 2019) has
+learned 50,257 of them once, from millions of web pages: frequent words are one token, rare words a
+few. tiktoken has its merges, and applies them faster than Python can. A token of the validation
+split has 3.1 characters, so a window of 64 tokens sees that much further. The output layer now has
+50,257 rows and takes most of the time, so there are fewer and smaller batches.
 
-A loss per token can't be compared with a loss per character: a token is harder to guess, but says
-more. Bits per byte can: the loss in bits, divided by the bytes (UTF-8) of an average token.
+Large texts are encoded once, into a file of token ids. Training maps that file into memory and
+reads only its windows, so the text may be larger than the memory.
 
-Texts are encoded once, into a file of token ids. Training maps that file into memory and reads only
-its windows, so the text may be larger than the memory.
-
-New here: BPETokenizer, make_tokenizer and describe_best; corpora as files of token ids, in
-          data/token_files.py and data/prepare.py; --val_data.
+New here: BPETokenizer, make_tokenizer and describe_best; corpora as files of token ids, which
+          data/prepare.py writes and data/token_files.py reads; --val_data.
 Run it:   python part4_gpt2/v8b_gpt2_tokens.py
           python part4_gpt2/v8b_gpt2_tokens.py --sample_only --prompt "ROMEO:"
           python -m data.prepare my_novel.txt --out corpus.bin
@@ -47,7 +43,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=8, least=1)
@@ -74,8 +70,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -129,8 +125,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -152,7 +148,7 @@ class KVCache:
         self.length = 0  # the number of tokens in the cache
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T keys and values, float (B, n_head, T, head_size) each; return all of them."""
+        """Add T keys and values, float (B, n_head, T, head_size) each; return all so far."""
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
@@ -190,7 +186,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
@@ -248,7 +244,7 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size)
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
@@ -260,7 +256,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -287,6 +283,7 @@ class LanguageModel(nn.Module):
         caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
         for _ in range(max_new_tokens):
             # There are embeddings for block_size positions only, so older tokens drop out of view.
+            # With empty caches, as at first, the whole context is processed.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
             if 0 < caches[0].length < self.block_size:
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
@@ -303,7 +300,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -316,20 +313,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -383,7 +388,7 @@ def train_step(
     cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -399,23 +404,22 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -426,7 +430,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -435,14 +439,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -458,7 +462,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -473,8 +477,7 @@ def describe_best(
     tokens: int (n,), of which the first million show how long a token is on average.
     """
     loss = min(val_loss for _, val_loss in history.values())
-    # An array of positions, because slicing a file of tokens doesn't read it.
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -484,16 +487,16 @@ def describe_best(
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         cfg = replace(cfg, tokenizer=token_files.choose_tokenizer(cfg.tokenizer))
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
         tokenizer = make_tokenizer(cfg, saved, text)  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -506,7 +509,7 @@ def main(argv: list[str] | None = None) -> None:
             run = runs.Run(cfg, __file__, tokenizer, checksum, saved)  # a folder and its files
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 history = train(model, train_data, val_data, cfg, run)
             print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
         best = saved if cfg.sample_only else run.best()

@@ -48,13 +48,12 @@ from support import (
 )
 from support.stopwatch import Stopwatch
 
-# The settings of the released models (Radford et al. 2018 and 2019).
+# The sizes of the released models (Radford et al. 2019).
 PRESETS = {
-    "gpt1": {"norm": "post", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 512},
-    "gpt2": {"norm": "pre", "n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
-    "gpt2-medium": {"norm": "pre", "n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
-    "gpt2-large": {"norm": "pre", "n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
-    "gpt2-xl": {"norm": "pre", "n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
+    "gpt2": {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024},
+    "gpt2-medium": {"n_layer": 24, "n_head": 16, "n_embd": 1024, "block_size": 1024},
+    "gpt2-large": {"n_layer": 36, "n_head": 20, "n_embd": 1280, "block_size": 1024},
+    "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
 }
 
 # What the parts of our model are called in GPT-2's files.
@@ -70,10 +69,6 @@ GPT2_NAMES = {
     "feed_forward.expansion": "mlp.c_fc",
     "feed_forward.projection": "mlp.c_proj",
 }
-# A model with --norm post is exported as a GPT-1, in whose files the embeddings have other names.
-GPT1_NAMES = {
-    **GPT2_NAMES, "token_embedding": "tokens_embed", "position_embedding": "positions_embed",
-}
 
 # The defaults for training that starts from released weights, on every device.
 FINE_TUNING = {
@@ -88,7 +83,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=8, least=1)
@@ -115,8 +110,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -124,7 +119,6 @@ class Config:
         "auto: gpt2 if its files load, else char", "auto", choices=["auto", "gpt2", "char"]
     )
     val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
-    norm: str = setting("pre as in GPT-2, post as in GPT-1", "pre", choices=["pre", "post"])
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
     init_from: str = setting("start from gpt2 to gpt2-xl, distilgpt2, or a folder", "")
     export: str = setting("folder to write the best weights to", "")
@@ -132,7 +126,7 @@ class Config:
 
 
 SIZES = [  # a run that is resumed must keep these
-    "tokenizer", "norm", "preset", "block_size", "n_embd", "n_head", "n_layer",
+    "tokenizer", "preset", "block_size", "n_embd", "n_head", "n_layer",
 ]
 
 
@@ -175,8 +169,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -198,7 +192,7 @@ class KVCache:
         self.length = 0  # the number of tokens in the cache
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add T keys and values, float (B, n_head, T, head_size) each; return all of them."""
+        """Add T keys and values, float (B, n_head, T, head_size) each; return all so far."""
         end = self.length + key.shape[2]
         self.keys[:, :, self.length : end] = key
         self.values[:, :, self.length : end] = value
@@ -235,7 +229,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
@@ -264,22 +258,18 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm on its input.
 
-    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). With --norm post,
-    they come after each addition, as in GPT-1. Maps float (B, T, n_embd) to the same shape.
+    GPT-2 has its LayerNorms in the same place (Radford et al. 2019, section 2.3). Maps float
+    (B, T, n_embd) to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
         super().__init__()
-        self.norm = cfg.norm
         self.norm_1 = nn.LayerNorm(cfg.n_embd)
         self.attention = MultiHeadAttention(cfg)
         self.norm_2 = nn.LayerNorm(cfg.n_embd)
         self.feed_forward = FeedForward(cfg)
 
     def forward(self, x: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        if self.norm == "post":
-            x = self.norm_1(x + self.attention(x, cache))  # (B, T, n_embd)
-            return self.norm_2(x + self.feed_forward(x))  # (B, T, n_embd)
         # Residual connections: each part adds to x instead of replacing it.
         x = x + self.attention(self.norm_1(x), cache)  # (B, T, n_embd)
         x = x + self.feed_forward(self.norm_2(x))  # (B, T, n_embd)
@@ -296,15 +286,13 @@ class LanguageModel(nn.Module):
         self.position_embedding = nn.Embedding(cfg.block_size, cfg.n_embd)  # (block_size, n_embd)
         self.dropout = nn.Dropout(cfg.dropout)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
-        # With norm post, each block ends with a LayerNorm already.
-        self.norm_f = nn.LayerNorm(cfg.n_embd) if cfg.norm == "pre" else nn.Identity()
+        self.norm_f = nn.LayerNorm(cfg.n_embd)
         self.lm_head = nn.Linear(cfg.n_embd, vocab_size, bias=False)
         self.lm_head.weight = self.token_embedding.weight  # (V, n_embd), the same parameter
-        # Small weights and zero biases, as in GPT (Radford et al. 2018, section 4.1). LayerNorm's
+        # Small weights, as in GPT (Radford et al. 2018, section 4.1), and zero biases. LayerNorm's
         # weights have one dimension, so they keep PyTorch's initial value, 1.
         for name, parameter in self.named_parameters():
-            # With norm post, a LayerNorm follows each addition, so the sum can't grow.
-            if name.endswith("projection.weight") and cfg.norm == "pre":
+            if name.endswith("projection.weight"):
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * cfg.n_layer))
             elif parameter.ndim == 2:
                 nn.init.normal_(parameter, std=0.02)
@@ -315,7 +303,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -343,6 +331,7 @@ class LanguageModel(nn.Module):
         caches = [KVCache(cfg, len(idx), idx.device) for _ in self.blocks]
         for _ in range(max_new_tokens):
             # There are embeddings for block_size positions only, so older tokens drop out of view.
+            # With empty caches, as at first, the whole context is processed.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
             if 0 < caches[0].length < self.block_size:
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
@@ -359,7 +348,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -372,20 +361,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -462,9 +459,8 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
@@ -476,16 +472,16 @@ def share_gradients(model: Callable) -> Callable:
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -496,7 +492,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -505,7 +501,7 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = share_gradients(compile_model(model, cfg))
     n_batches = cfg.grad_accum_steps * processes.n_processes()  # in a step
     stopwatch = Stopwatch(cfg.device)
@@ -513,7 +509,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -529,7 +525,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size * n_batches)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size * n_batches)  # ignores the first step
             bar.update()
     return run.history
 
@@ -544,8 +540,7 @@ def describe_best(
     tokens: int (n,), of which the first million show how long a token is on average.
     """
     loss = min(val_loss for _, val_loss in history.values())
-    # An array of positions, because slicing a file of tokens doesn't read it.
-    ids = tokens[np.arange(min(len(tokens), 1_000_000))]  # (min(n, 1_000_000),)
+    ids = tokens[:1_000_000]  # (min(n, 1_000_000),)
     text = tokenizer.decode(ids.tolist())
     bytes_per_token = len(text.encode("utf-8")) / len(ids)
     bits_per_byte = loss / math.log(2) / bytes_per_token
@@ -579,11 +574,9 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
 
 def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model with the names and shapes of the released files; no copies."""
-    is_gpt1 = isinstance(model.norm_f, nn.Identity)
-    names = GPT1_NAMES if is_gpt1 else GPT2_NAMES
     weights = {}
     for name, parameter in model.named_parameters():
-        for ours, theirs in names.items():
+        for ours, theirs in GPT2_NAMES.items():
             name = name.replace(ours, theirs)
         weight = parameter.detach()
         is_linear = weight.ndim == 2 and ".c_" in name  # in c_attn, c_proj or c_fc
@@ -597,7 +590,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if released:
         own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)  # changes the model, whose numbers own shares
+            own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
@@ -610,7 +603,7 @@ def main(argv: list[str] | None = None) -> None:
 
         text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
         tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 

@@ -38,7 +38,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -65,8 +65,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -88,8 +88,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -205,7 +205,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -278,7 +278,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -319,7 +319,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -332,20 +332,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -399,7 +407,7 @@ def train_step(
     cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -415,23 +423,22 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -442,7 +449,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -451,14 +458,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -474,22 +481,22 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -501,7 +508,7 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 train(model, train_data, val_data, cfg, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)

@@ -1,14 +1,14 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
 A schedule in steps has to know how fast the machine is. With --minutes, the clock takes the place
-of the steps: progress is the fraction of the time that is over, so the learning rate reaches zero
-when the time ends, on a laptop as well as on a server. More time pays off best in a larger model,
-so the defaults for the sizes, the learning rate and so on then come from BUDGETS, which trials on
-two CPU cores have found.
+of the steps: progress is the fraction of the time that has passed, so the learning rate reaches
+zero when the time ends, on a laptop as well as on a server. More time pays off best in a larger
+model, so the defaults for the sizes, the learning rate and so on then come from BUDGETS. Trials on
+two CPU cores have found them.
 
-The time is that of training and of the loss estimates in it. A run by the clock isn't reproducible
-to the bit, because no two runs get equally far. Its checkpoints say how many seconds it has
-trained, so that --resume goes on where it stopped.
+The time includes training and its loss estimates, nothing else. A run by the clock isn't
+reproducible to the bit, because no two runs get equally far. Its checkpoints say how many seconds
+it has trained, so that --resume goes on where it stopped.
 
 New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
@@ -50,7 +50,7 @@ LONGEST = {
     **SHORT, "batch_size": 3, "n_embd": 384, "n_head": 6, "n_kv_head": 6, "learning_rate": 5e-3,
     "eval_interval": 2000, "eval_iters": 73,
 }
-BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes: settings
+BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes, in ascending order: settings
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -86,8 +86,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -121,8 +121,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -142,7 +142,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -326,19 +326,19 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # PyTorch's initial weights, except that with zero_init, these start at zero.
+        # All others start with PyTorch's own initial weights.
         for name, parameter in self.named_parameters():
-            is_last = "projection" in name or "lm_head" in name
-            if cfg.zero_init and (is_last or "bigram" in name):
+            adds_to_x = "projection" in name or "bigram" in name
+            if cfg.zero_init and (adds_to_x or "lm_head" in name):
                 nn.init.zeros_(parameter)
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before each one; 0 before the first of a window.
+        # The id of the token before each one. The first in a window has none, and gets the id 0.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
-        if caches is not None:
+        if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
-            caches[0].last_token = idx[:, -1]  # (B,), for the next call
+            caches[0].last_token = idx[:, -1]  # (B,)
         previous = torch.cat((last_token[:, None], idx[:, :-1]), dim=1)  # (B, T)
         x = self.token_embedding(idx)  # (B, T, n_embd)
         if self.cfg.bigrams:
@@ -355,7 +355,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -400,7 +400,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -413,20 +413,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -507,10 +515,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    embeddings = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
+    no_decay = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": embeddings, "weight_decay": 0.0},
+        {"params": no_decay, "weight_decay": 0.0},
         {"params": [model.lm_head.weight], "weight_decay": 0.0, "is_head": True},
         {"params": vectors, "weight_decay": 0.0},
     ]
@@ -519,9 +527,9 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """How much of a run is over, from 0 to 1: of its steps or, with --minutes, also of its time.
+    """How much of a run's steps is done or, with --minutes, of its time if that is more: 0 to 1.
 
-    It is the larger of the two. seconds: how long the run has taken so far.
+    seconds: how long the run has taken so far.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
@@ -535,7 +543,7 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    # The cosine begins with the run, not after the warm-up, whose time nobody knows beforehand.
+    # The cosine counts from the start of the run: how long the warm-up takes isn't known before.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -544,7 +552,7 @@ def train_step(
     progress: float, cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -564,22 +572,21 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(
     model: LanguageModel, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
 ) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     muon, adamw = optimizers
     return {
         "model": model.state_dict(),
         "optimizer": {
             "muon": muon.state_dict()["state"],  # its averages
-            "adamw": adamw.state_dict()["state"],  # its m, v and steps, no settings
+            "adamw": adamw.state_dict()["state"],  # its m, v and step counts, no settings
         },
         "step": step,  # the learning rate and the random numbers follow from it
         "seconds": seconds,  # with --minutes, the learning rate follows from these
@@ -589,7 +596,7 @@ def checkpoint(
 def restore(
     model: LanguageModel, optimizers: list[torch.optim.Optimizer], run: runs.Run
 ) -> tuple[int, float]:
-    """Put back what checkpoint saved, and return its step and its seconds; 0 in a new run."""
+    """Load what a checkpoint holds; return the next step and the seconds so far, 0 at first."""
     if run.is_new:
         return 0, 0.0
     checkpoints.load_weights(model, run.saved)
@@ -602,13 +609,13 @@ def restore(
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
     hardware.keep_freed_memory()
     optimizers = make_optimizers(model, cfg)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step, seconds = restore(model, optimizers, run)
@@ -618,9 +625,9 @@ def train(
             seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
             if step > 0:
-                bar.total = round(step / progress)  # by the clock, this is an estimate
+                bar.total = round(step / progress)  # with --minutes, an estimate
             if step % cfg.eval_interval == 0 or progress == 1:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -636,7 +643,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizers, train_data, step, progress, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -655,15 +662,15 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict]:
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
         cfg, saved = read_settings(argv)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -675,7 +682,7 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 train(model, train_data, val_data, cfg, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)

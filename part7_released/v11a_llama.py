@@ -6,16 +6,17 @@ Llama 3, Qwen2 and Qwen3 are v9d with a few more settings:
 - intermediate_size: the hidden width of the feed-forward network.
 - qkv_bias: Qwen2 has biases for queries, keys and values.
 - qk_norm: Qwen3 normalises each query and key before the rotation. In large models, that keeps the
-  scores from growing until training diverges (Dehghani et al. 2023, section 2).
+  scores small, whose growth may otherwise end in divergence (Dehghani et al. 2023, section 2).
 - tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
   saves a large part of a small model.
-- rope_theta: the larger the base, the slower the slowest rotations, which large distances need.
+- rope_theta: the base of the frequencies, which was 10,000. A larger one makes rotations slower, as
+  long contexts need.
 - rope_factor: Llama 3.1 was first trained with a context of original_max_position_embeddings
   tokens. To extend it, slow frequencies are divided by rope_factor: those that make at most
   rope_low_freq_factor turns in that context. Those that make at least rope_high_freq_factor turns
   stay as they are, and in between, the change is gradual.
-- rms_norm_eps: the number that RMSNorm adds. Queries, keys and released weights may be bfloat16, so
-  RMSNorm now computes its mean in float32.
+- rms_norm_eps: the number that RMSNorm adds. Its x may now be bfloat16 (queries and keys, and with
+  released weights everything), so it computes the mean in float32.
 
 New here: these settings, and head_size_of.
 Run it:   python part7_released/v11a_llama.py
@@ -47,7 +48,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -74,8 +75,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -88,12 +89,12 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
+    rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
 
 
-SIZES = [  # a run that is resumed must keep these
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
     "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
     "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
@@ -112,8 +113,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -172,7 +173,7 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     if cfg.rope_factor != 1:
         turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        # The share of each frequency that isn't divided: 0 for low ones, 1 for high ones.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
@@ -250,7 +251,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -311,6 +312,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.block_size = cfg.block_size
         self.cfg = cfg  # rotation_angles needs it
+        if cfg.rope_low_freq_factor >= cfg.rope_high_freq_factor:
+            raise data.InputError("--rope_low_freq_factor: must be below --rope_high_freq_factor")
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
@@ -327,7 +330,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -368,7 +371,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -381,20 +384,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -448,7 +459,7 @@ def train_step(
     cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -464,23 +475,22 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -491,7 +501,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -500,14 +510,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -523,22 +533,22 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         # saved is latest.pt with --resume, best.pt with --sample_only, and empty in a new run.
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
-        cfg = replace(cfg, dtype=choose_dtype(cfg))
+        cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
         tokenizer = data.CharTokenizer(saved.get("characters", text))  # a run keeps its characters
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -550,7 +560,7 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 train(model, train_data, val_data, cfg, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)

@@ -3,15 +3,16 @@
 A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
 config.json; support/llama_files.py translates their names, and refuses a model that needs more than
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
-LLAMA_NAMES says where each tensor goes.
+LLAMA_NAMES says where each tensor goes (lm_head has the same name in both).
 
-With --sample_only, the weights keep the dtype of the files, which is bfloat16 for most models and
-takes half as much memory as float32 (--dtype float32 converts them). They are copied one by one, so
-memory never holds all of them twice. Training needs float32.
+With --sample_only, weights and cache have the dtype of the files (or that of --dtype): bfloat16 for
+most models, which takes half as much memory as float32. The weights are copied one by one, so that
+memory never holds all of them twice. Training converts them to float32, because bfloat16 would lose
+its small steps.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
-from a released model (--init_from). Of that, read_settings returns a dict with its settings, by our
-names, and its "folder".
+from a released model (--init_from, also with --sample_only). read_settings returns that model as a
+dict: its settings, under our names, its tokenizer and its folder.
 
 New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_as_released and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
@@ -40,7 +41,7 @@ from data import setting
 from support import batches, checkpoints, hardware, llama_files, model_files, runs, terminal
 from support.stopwatch import Stopwatch
 
-# Our names and those in the released files. query_norm comes before query, which is a part of it.
+# Our names and those in the released files. query_norm contains query, so it is replaced first.
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
@@ -70,7 +71,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and "each" means all the tensors on the left.
+    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -97,8 +98,8 @@ class Config:
     sample_only: bool = setting("only sample, from the best weights of a run", False)
     temperature: float = setting("divides the logits; 0 is greedy", 1.0)
     top_k: int = setting("sample from the k most likely tokens; 0 is off", 0)
-    top_p: float = setting("total probability to sample from; 1 is off", 1.0, most=1)
-    repetition_penalty: float = setting("for tokens used; 1 is off", 1.0, least=0.01, most=100)
+    top_p: float = setting("total probability of tokens to choose from; 1 is off", 1.0, most=1)
+    repetition_penalty: float = setting("for repeated tokens; 1 is off", 1.0, least=0.01, most=100)
     num_samples: int = setting("samples, one after the other", 1, least=1)
     prompt_file: str = setting("text file with the prompt, instead of --prompt", "")
     stop: str = setting("end a sample before this text", "")
@@ -111,15 +112,15 @@ class Config:
     rms_norm_eps: float = setting("added to the mean square", 1e-5, least=1e-12)
     rope_theta: float = setting("base of the frequencies", 10_000.0, least=1)
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
-    rope_low_freq_factor: float = setting("turns of a slow frequency, at most", 1.0, least=1e-9)
-    rope_high_freq_factor: float = setting("turns of a fast one, at least", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context for these turns", 8192, least=1)
+    rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
+    rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
+    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
     init_from: str = setting("start from this folder or repository", "")
     export: str = setting("folder to write the best weights to", "")
 
 
-SIZES = [  # a run that is resumed must keep these
+SIZES = [  # a run that is resumed must keep these, because the model depends on them
     "n_embd", "n_head", "n_layer", "n_kv_head", "head_size", "intermediate_size", "qkv_bias",
     "qk_norm", "tie_word_embeddings", "rms_norm_eps", "rope_theta", "rope_factor",
     "rope_low_freq_factor", "rope_high_freq_factor", "original_max_position_embeddings",
@@ -172,8 +173,8 @@ def choose_dtype(cfg: Config) -> str:
     if cfg.dtype != "auto":
         return cfg.dtype
     # On a CPU, converting the numbers costs a narrow model more than the matmuls gain.
-    is_narrow = cfg.device.startswith("cpu") and cfg.n_embd < 128
-    if supported and not is_narrow:
+    bfloat16_is_slower = cfg.device.startswith("cpu") and cfg.n_embd < 128
+    if supported and not bfloat16_is_slower:
         return "bfloat16"
     return "float32"
 
@@ -232,7 +233,7 @@ def rotation_angles(positions: torch.Tensor, cfg: Config) -> torch.Tensor:
     if cfg.rope_factor != 1:
         turns = frequencies * cfg.original_max_position_embeddings / math.tau  # (head_size // 2,)
         low, high = cfg.rope_low_freq_factor, cfg.rope_high_freq_factor
-        # How much of a frequency stays: 0 for slow rotations, 1 for fast ones, or in between.
+        # The share of each frequency that isn't divided: 0 for low ones, 1 for high ones.
         kept = ((turns - low) / (high - low)).clamp(0, 1)  # (head_size // 2,)
         frequencies = frequencies * (kept + (1 - kept) / cfg.rope_factor)  # (head_size // 2,)
     return positions[:, None] * frequencies  # (T, head_size // 2)
@@ -310,7 +311,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # is_causal would take a single new query for query 0, and show it nothing but key 0.
+        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -371,6 +372,8 @@ class LanguageModel(nn.Module):
         super().__init__()
         self.block_size = cfg.block_size
         self.cfg = cfg  # rotation_angles needs it
+        if cfg.rope_low_freq_factor >= cfg.rope_high_freq_factor:
+            raise data.InputError("--rope_low_freq_factor: must be below --rope_high_freq_factor")
         self.token_embedding = nn.Embedding(vocab_size, cfg.n_embd)  # (V, n_embd)
         self.blocks = nn.ModuleList([Block(cfg) for _ in range(cfg.n_layer)])
         self.norm_f = RMSNorm(cfg.n_embd, cfg.rms_norm_eps)
@@ -387,7 +390,7 @@ class LanguageModel(nn.Module):
         self, idx: torch.Tensor, targets: torch.Tensor | None = None,
         caches: list[KVCache] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Return the logits, float (B, T, V), and their mean loss in nats, or None without targets.
+        """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
         caches: one for each block. They must be empty, unless idx is a single token.
@@ -428,7 +431,7 @@ class LanguageModel(nn.Module):
 
 def apply_repetition_penalty(logits: torch.Tensor, idx: torch.Tensor, r: float) -> torch.Tensor:
     """Lower the logits, float (B, V), of the tokens in idx, int64 (B, T)."""
-    used = logits.gather(1, idx)  # (B, T), with equal numbers where a token occurs again
+    used = logits.gather(1, idx)  # (B, T), the same number each time a token occurs
     # Dividing a negative logit would raise it, so multiply.
     lowered = torch.where(used > 0, used / r, used * r)  # (B, T)
     return logits.scatter(1, idx, lowered)  # (B, V)
@@ -441,20 +444,28 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Set logits, float (B, V), to -inf, except for the fewest tokens that reach probability p."""
+    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+
+    logits: float (B, V), as is the result.
+    """
     ascending, order = logits.sort(dim=1)  # (B, V) each
-    # Drop unlikely tokens as long as their probabilities add up to at most 1 - p.
+    # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), unsorted again
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
 def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.Tensor:
-    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T)."""
+    """Sample a token, int64 (B, 1), from logits, float (B, V). It comes after idx, int64 (B, T).
+
+    Raises data.InputError if the largest logit isn't a finite number.
+    """
+    if not logits.amax(dim=1).isfinite().all():
+        raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
-    if cfg.temperature < 1e-6:  # dividing by so little would overflow
+    if cfg.temperature < 1e-6:  # 0 is greedy; dividing by nearly 0 could overflow
         return logits.argmax(dim=1, keepdim=True)  # (B, 1)
     logits = logits / cfg.temperature  # (B, V)
     if cfg.top_k > 0:
@@ -508,7 +519,7 @@ def train_step(
     cfg: Config,
 ) -> None:
     """Move the weights a little, so that the loss on one random batch falls."""
-    # The batch and the dropout of a step follow from these two numbers, and from nothing else.
+    # The batch and the dropout of a step depend only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_batch(tokens, cfg.batch_size, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
@@ -524,23 +535,22 @@ def train_step(
 
 def compile_model(model: LanguageModel, cfg: Config) -> Callable:
     """Return the model or, with --compile, a faster version of it with the same weights."""
-    if not cfg.compile:
+    if not cfg.compile or not hardware.compiler_works(cfg.device):
         return model
-    hardware.check_compiler(cfg.device)
     return torch.compile(model)
 
 
 def checkpoint(model: LanguageModel, optimizer: torch.optim.Optimizer, step: int) -> dict:
-    """What training needs to go on after step steps; run.save adds settings and characters."""
+    """What training needs to go on from a step; run.save adds the settings and the tokenizer."""
     return {
         "model": model.state_dict(),
-        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and steps, no settings
+        "optimizer": optimizer.state_dict()["state"],  # AdamW's m, v and step counts, no settings
         "step": step,  # the learning rate and the random numbers follow from it
     }
 
 
 def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Run) -> int:
-    """Put back what checkpoint saved, and return the number of the next step; 0 in a new run."""
+    """Load what a checkpoint holds; return the number of the next step, 0 in a new run."""
     if run.is_new:
         return 0
     checkpoints.load_weights(model, run.saved)
@@ -551,7 +561,7 @@ def restore(model: LanguageModel, optimizer: torch.optim.Optimizer, run: runs.Ru
 def train(
     model: LanguageModel, train_data: np.ndarray, val_data: np.ndarray, cfg: Config, run: runs.Run
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the train and validation loss, in nats, at each step estimated.
+    """Train the model; return {step: (train loss, validation loss)}, in nats, of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
@@ -560,14 +570,14 @@ def train(
     if cfg.warmup_iters > cfg.max_iters / 2:
         why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
         print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
-    # Only for training: the estimates are in eval mode, for which it would be compiled once more.
+    # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
     first_step = restore(model, optimizer, run)
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)
                 val_loss = estimate_loss(model, val_data, cfg)
                 if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
@@ -583,7 +593,7 @@ def train(
                 break
 
             train_step(compiled_model, optimizer, train_data, step, cfg)
-            stopwatch.count(cfg.batch_size * cfg.block_size)  # except in the first step
+            stopwatch.count(cfg.batch_size * cfg.block_size)  # ignores the first step
             bar.update()
     return run.history
 
@@ -609,7 +619,7 @@ def describe_best(
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
-    What a run doesn't have is empty. Raises data.InputError for flags that contradict each other.
+    A dict that isn't needed is empty. Raises data.InputError for flags that contradict each other.
     """
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
     if not cfg.init_from:
@@ -640,25 +650,25 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if not released:
         return LanguageModel(cfg, n_vocab).to(cfg.device)
     dtype = model_files.DTYPES[cfg.dtype] if cfg.sample_only else torch.float32
-    with torch.device("meta"):  # tensors without numbers: random ones would be replaced anyway
+    with torch.device("meta"):  # no memory, no random numbers; to_empty then gives it memory
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
         model.lm_head.weight = model.token_embedding.weight
     own = weights_as_released(model)
     for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # changes the model, whose numbers own shares
+        own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Train a model, then print a sample. argv: the flags, by default those of the command line."""
-    with data.command_line():  # a user's mistake ends in one line of error
+    with data.command_line():  # a user's mistake prints one line, no traceback
         cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
-        cfg = terminal.read_prompt_file(cfg, tokenizer)
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run or a model keeps its own
+        cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
 
@@ -672,7 +682,7 @@ def main(argv: list[str] | None = None) -> None:
             train_data, val_data = data.split(ids, cfg.block_size, cfg.data)
             sizes = f"{len(train_data):,} for training, {len(val_data):,} for validation"
             print(f"tokens: {sizes}", file=sys.stderr)
-            with run:  # from here on, Ctrl-C only asks train to stop
+            with run:  # in here, Ctrl-C only asks train to stop
                 history = train(model, train_data, val_data, cfg, run)
             print(f"validation loss: {describe_best(history, val_data, tokenizer)}")
             saved = run.best()

@@ -1,4 +1,4 @@
-"""GPT-2 and GPT-1 in the folders of transformers: settings, vocabularies and embeddings."""
+"""GPT-2 and GPT-1 in the folders of transformers: settings, vocabularies and weights."""
 
 import math
 import os
@@ -14,12 +14,16 @@ from support import model_files
 
 # Short names of models, and their repositories on the Hugging Face hub.
 RELEASED = {
-    "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
-    "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
-    "distilgpt2": "distilbert/distilgpt2",
+    "gpt2": {
+        "gpt2": "openai-community/gpt2", "gpt2-medium": "openai-community/gpt2-medium",
+        "gpt2-large": "openai-community/gpt2-large", "gpt2-xl": "openai-community/gpt2-xl",
+        "distilgpt2": "distilbert/distilgpt2",
+    },
+    "openai-gpt": {"openai-gpt": "openai-community/openai-gpt"},
 }
-NORMS = {"gpt2": "pre", "openai-gpt": "post"}  # by model_type
-CLASSES = {"pre": "GPT2LMHeadModel", "post": "OpenAIGPTLMHeadModel"}
+# The kinds of models, the model_type of a config.json, with their classes and our scripts.
+CLASSES = {"gpt2": "GPT2LMHeadModel", "openai-gpt": "OpenAIGPTLMHeadModel"}
+READERS = {"gpt2": "v8d_gpt2_weights.py", "openai-gpt": "v8f_gpt1.py"}
 SIZES = ["n_layer", "n_head", "n_embd", "n_positions", "vocab_size"]
 # What else a configuration may say, with the only values that our model has.
 ONLY = {
@@ -41,33 +45,35 @@ TOKEN_FILES = ["tokenizer.json", "vocab.json"]
 SOME_TOKENS = {"\u0120the": 262, "ale": 1000, "hello": 31_373, "\u0120gazed": 50_255}
 
 
-def find_folder(name: str) -> Path:
-    """Return the folder called name or that of a downloaded model.
+def find_folder(name: str, kind: str = "gpt2") -> Path:
+    """Return the folder called name or that of a downloaded model of this kind.
 
     name: one in RELEASED, or that of a repository, "owner/name". Raises InputError if there is no
     such folder, or if the download fails.
     """
+    released = RELEASED[kind]
     if os.path.isdir(name):
         return Path(name)
-    if name not in RELEASED and not model_files.REPOSITORY.fullmatch(name):
-        why = f"no such folder, and not one of {', '.join(RELEASED)}"
+    if name not in released and not model_files.REPOSITORY.fullmatch(name):
+        why = f"no such folder, and not one of {', '.join(released)}"
         remedy = 'give a folder, one of these, or a repository, "owner/name"'
         raise InputError(f"--init_from {name}: {why}; {remedy}")
-    repository = RELEASED.get(name, name)
+    repository = released.get(name, name)
     return model_files.download(name, repository, ["config.json"], TOKEN_FILES)
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path, kind: str = "gpt2") -> dict[str, Any]:
     """Return a model's settings by our names, its "folder", and its "characters", if it has any.
 
-    Raises InputError if config.json is damaged or describes a model unlike ours.
+    kind: its model_type. Only a GPT-1 may have tokens of its own, in a tokenizer.json. Raises
+    InputError if config.json is damaged or describes a model unlike ours.
     """
     path = folder / "config.json"
     config = model_files.read_json(path, "--init_from")
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in NORMS:
-        why = f"its model_type is {kind!r}, but only {' and '.join(NORMS)} can be loaded"
-        raise InputError(f"--init_from {path}: {why}")
+    if config.get("model_type") != kind:
+        why = f"its model_type is {config.get('model_type')!r}, but {READERS[kind]} loads {kind!r}"
+        remedy = f"{READERS['gpt2']} loads 'gpt2', {READERS['openai-gpt']} 'openai-gpt'"
+        raise InputError(f"--init_from {path}: {why}; {remedy}")
     for size in SIZES:
         model_files.integer(config, size, path, "--init_from")
     model_files.integer(config, "n_layer", path, "--init_from", most=1000)
@@ -81,19 +87,31 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config["n_embd"] % config["n_head"] != 0:
         raise InputError(f"--init_from {path}: its n_embd is not a multiple of its n_head")
     characters = model_files.read_characters(config, path)
+    tokenizer = "char" if characters else "gpt2"
+    if kind == "openai-gpt" and not characters and (folder / "tokenizer.json").exists():
+        tokenizer = str(folder / "tokenizer.json")
+    else:
+        check_vocabulary(config["vocab_size"], characters, path)
+    return {
+        "n_layer": config["n_layer"], "n_head": config["n_head"], "n_embd": config["n_embd"],
+        "block_size": config["n_positions"], "folder": folder, "tokenizer": tokenizer,
+        "characters": characters,
+    }
+
+
+def check_vocabulary(vocab_size: int, characters: str, path: Path) -> None:
+    """Raise InputError if a model's tokens aren't its characters or, without any, GPT-2's.
+
+    path: that of its config.json.
+    """
     n_vocab = len(characters) if characters else N_VOCAB
     padded = math.ceil(n_vocab / 64) * 64  # which makes matmuls on a GPU faster
-    if config["vocab_size"] not in (n_vocab, padded):
-        why = f"its vocabulary has {config['vocab_size']:,} tokens, the tokenizer {n_vocab:,}"
+    if vocab_size not in (n_vocab, padded):
+        why = f"its vocabulary has {vocab_size:,} tokens, the tokenizer {n_vocab:,}"
         remedy = "only a model with the same tokens can be loaded"
         raise InputError(f"--init_from {path}: {why}; {remedy}")
     if not characters:
-        check_tokens(folder)
-    return {
-        "norm": NORMS[kind], "n_layer": config["n_layer"], "n_head": config["n_head"],
-        "n_embd": config["n_embd"], "block_size": config["n_positions"], "folder": folder,
-        "tokenizer": "char" if characters else "gpt2", "characters": characters,
-    }
+        check_tokens(path.parent)
 
 
 def check_tokens(folder: Path) -> None:
@@ -116,7 +134,7 @@ def check_sizes(cfg: Any, released: dict[str, Any]) -> None:
 
     Only --block_size may be smaller: then the last positions are left out.
     """
-    for name in ("norm", "n_layer", "n_head", "n_embd", "tokenizer"):
+    for name in ("n_layer", "n_head", "n_embd", "tokenizer"):
         value = getattr(cfg, name)
         if value != released[name]:
             why = f"the model has {released[name]!r}, which can't be changed; leave the flag out"
@@ -138,7 +156,9 @@ def read_weights(
     return model_files.read_weights(folder, own, embedding, padded=[*TOKENS, *POSITIONS])
 
 
-def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> None:
+def write_model(
+    cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any, kind: str = "gpt2"
+) -> None:
     """Write config.json, model.safetensors and the tokens to cfg.export.
 
     If the tokens are characters, config.json has them. Raises InputError if writing fails.
@@ -146,14 +166,17 @@ def write_model(cfg: Any, weights: dict[str, torch.Tensor], tokenizer: Any) -> N
     end_of_text = tokenizer.n_vocab - 1 if tokenizer.name == "gpt2" else None
     ends = {"bos_token_id": end_of_text, "eos_token_id": end_of_text}
     config = {
-        "architectures": [CLASSES[cfg.norm]],
-        "model_type": "openai-gpt" if cfg.norm == "post" else "gpt2", "n_layer": cfg.n_layer,
+        "architectures": [CLASSES[kind]], "model_type": kind, "n_layer": cfg.n_layer,
         "n_head": cfg.n_head, "n_embd": cfg.n_embd, "n_positions": cfg.block_size,
         "vocab_size": tokenizer.n_vocab, **ends,
     }
     texts = {}
     if tokenizer.name == "char":
         config["characters"] = "".join(tokenizer.characters)
+    elif tokenizer.name == "file":  # GPT-1's own tokens, none of which ends a text
+        text = tokenizer.content["json"]
+        texts["tokenizer.json"] = text
+        texts["tokenizer_config.json"] = model_files.tokenizer_config(text, [])
     else:
         text = tokenizer_json(tokenizer.encoding)
         texts["tokenizer.json"] = text

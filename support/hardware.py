@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from data.flags import InputError
+from data.flags import best_device
 
 # Parameters of mallopt and their numbers, from glibc's malloc.h.
 M_TRIM_THRESHOLD = -1
@@ -37,7 +37,7 @@ def can_compile() -> bool:
         return False
     if sys.platform == "linux" and not has_c_compiler():
         return False
-    return not torch.cuda.is_available() or torch.cuda.get_device_capability() >= (7, 0)
+    return best_device() != "cuda" or torch.cuda.get_device_capability() >= (7, 0)
 
 
 def has_c_compiler() -> bool:
@@ -47,13 +47,18 @@ def has_c_compiler() -> bool:
     return any(shutil.which(name) for name in names if name) and headers.exists()
 
 
-def check_compiler(device: str) -> None:
-    """Raise InputError if torch.compile doesn't work on device."""
+def compiler_works(device: str) -> bool:
+    """Whether torch.compile works on device; if not, a notice says why.
+
+    Not an error: on a GPU it is the default, which nobody has typed.
+    """
     try:
         torch.compile(torch.square)(torch.ones(1, device=device))
     except Exception as error:  # which class it has depends on what is missing
         why = str(error).partition("\n")[0]
-        raise InputError(f"--compile: {why}; use --no-compile") from None
+        print(f"notice: --compile: {why}; training without it", file=sys.stderr)
+        return False
+    return True
 
 
 def to_device(tensors: list[torch.Tensor], device: str) -> list[torch.Tensor]:

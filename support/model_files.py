@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from data.files import replace_file
+from data.files import rename, replace_file
 from data.flags import NO_LIMIT, InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -321,7 +321,7 @@ def save_model(folder: Path, texts: dict[str, str], weights: dict[str, torch.Ten
         unfinished.chmod(mode)
         for name, text in texts.items():
             write_text(folder / name, text)
-        unfinished.replace(folder / "model.safetensors")
+        rename(unfinished, folder / "model.safetensors")
     except InputError:
         raise
     except Exception as error:  # safetensors has its own class for a full disk

@@ -55,9 +55,10 @@ def joined_processes() -> Iterator[None]:
     if n_processes() == 1:
         yield
         return
-    # GPUs share gradients through nccl. What is on the CPU goes through gloo.
-    has_gpu = torch.cuda.is_available()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo")
+    # GPUs share gradients through nccl, except on Windows, which has none. The rest goes through
+    # gloo.
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if has_nccl else "gloo")
     try:
         yield
         # A process that exits while a thread of gloo still frees its last tensor is aborted

@@ -24,7 +24,8 @@ from support.processes import largest_of_all, n_processes, process_rank
 RUNS = Path("out")  # the folders of the runs are here, below the current folder
 NO_LOCKS = [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL]  # as on some network drives
 # Settings that only some scripts have, and the values with which they change nothing.
-WITHOUT = {"grad_accum_steps": 1, "minutes": 0.0}
+OF_TRAINING = {"grad_accum_steps": 1, "minutes": 0.0}
+OF_TOKENS = {"vocab_size": 0, "tokenizer": "char"}
 LARGE = 10**9  # bytes of a checkpoint that is announced
 
 
@@ -64,8 +65,9 @@ def read_settings(
             writer = script_path(saved["script"])
             why = f"written by {writer}, whose model has no {name}; use that script"
             raise InputError(f"{saved['path']}: {why}")
-    for name, value in WITHOUT.items():
-        if cfg.resume and not hasattr(cfg, name) and config.get(name, value) != value:
+    needed = {**OF_TRAINING, **OF_TOKENS} if cfg.resume else OF_TOKENS
+    for name, value in needed.items():
+        if not hasattr(cfg, name) and config.get(name, value) != value:
             flag, writer = f"--{name} {config[name]}", script_path(saved["script"])
             why = f"written by {writer} with {flag}, which this script doesn't have; use that one"
             raise InputError(f"{saved['path']}: {why}")
@@ -144,9 +146,11 @@ class Run:
             name = "data"
             if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
                 name = "val_data"
+            if getattr(cfg, "conversations", ""):
+                name = "conversations"
             raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
-        if cfg.max_iters < self.saved["step"]:
-            step = self.saved["step"]
+        step = self.saved["step"]
+        if getattr(cfg, "max_iters", step) < step:
             why = f"the run is at step {step} already; leave the flag out, or give more"
             raise InputError(f"--max_iters {cfg.max_iters}: {why}")
 
@@ -215,8 +219,8 @@ class Run:
         self.previous_handlers = {}
         if threading.current_thread() is not threading.main_thread():
             return  # no other may handle signals
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)  # Windows has no SIGHUP
+        for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+            number = getattr(signal, name, None)  # only Windows has SIGBREAK, but no SIGHUP
             # nohup has its programs ignore SIGHUP, and a shell those in the background SIGINT.
             if number is not None and signal.getsignal(number) != signal.SIG_IGN:
                 self.previous_handlers[number] = signal.signal(number, self.note_signal)
@@ -237,10 +241,20 @@ class Run:
             signal.signal(number, handler)
         if process_rank() == 0:
             self.lock.release()
+            if error is not None:
+                self.remove_unused_folder()
         if error is None and self.stop_requested():
             if process_rank() == 0:
                 self.say_how_to_continue()
             raise Stopped(self.signals[0])
+
+    def remove_unused_folder(self) -> None:
+        """Remove the folder that a mistake has ended the run in, before it saved anything."""
+        files = [path.name for path in self.folder.iterdir()]
+        if self.is_new and not self.out_dir and files in ([], ["lock"]):
+            with suppress(OSError):
+                (self.folder / "lock").unlink(missing_ok=True)
+                self.folder.rmdir()
 
     def say_how_to_continue(self) -> None:
         """Print the command that resumes the run."""

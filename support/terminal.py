@@ -61,6 +61,18 @@ def print_text(start: str, tokens: Iterator[torch.Tensor], tokenizer: Any, stop:
     print()
 
 
+def print_pairs(pairs: list[tuple[int, int]], tokenizer: Any) -> None:
+    """Print pairs of tokens and what they become together, on standard error."""
+    arrow = "→"
+    try:
+        arrow.encode(sys.stderr.encoding or "utf-8")
+    except UnicodeEncodeError:  # an old console
+        arrow = "->"
+    for pair in pairs:
+        first, second = [tokenizer.decode([token]) for token in pair]
+        print(f"{first!r} + {second!r} {arrow} {tokenizer.decode(pair)!r}", file=sys.stderr)
+
+
 def decode_stream(
     tokens: Iterator[torch.Tensor], tokenizer: Any, prompt: list[int]
 ) -> Iterator[str]:

@@ -32,11 +32,15 @@ TINY = {
     "learning_rate": 1e-2,
     "max_iters": 3,
     "eval_interval": 2,
+    "epochs": 2,
+    "subset": 9,
     "eval_iters": 2,
     "device": "cpu",
     "max_new_tokens": 7,
     "tokenizer": "char",
     "vocab_size": 270,
+    "sft_iters": 2,
+    "n_answers": 2,
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
 VOCAB_SIZE = len(set(TEXT))

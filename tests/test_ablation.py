@@ -15,6 +15,7 @@ import v5_gpt
 from lab import ablation
 from lab.ladder import ROOT
 from part2_training import v6b_fast, v6c_recipe
+from part4_gpt2 import v8c_gpt2
 
 # ---- v5's ideas
 
@@ -232,6 +233,59 @@ def test_v6b_is_v6b_itself(v6c, splits):
     (first_loss, _), (train_loss, _) = history[0], history[cfg.max_iters]
     losses = ablation.run("v6b", v6b_fast, cfg, VOCAB_SIZE, *splits)
     assert losses[:2] == (first_loss, train_loss)
+
+
+# ---- v8c's changes to v8b
+
+
+def variant_of_v8c(name):
+    torch.manual_seed(1)
+    return ablation.make_model(name, v8c_gpt2, tiny(v8c_gpt2), VOCAB_SIZE)
+
+
+def differences(name):
+    """The names of the parameters that a variant has otherwise than v8c, or lacks."""
+    plain = dict(variant_of_v8c("v8c").named_parameters())
+    changed = dict(variant_of_v8c(name).named_parameters())
+    same = [key for key in plain if key in changed and torch.equal(plain[key], changed[key])]
+    return (plain.keys() | changed.keys()) - set(same)
+
+
+def test_each_variant_of_v8c_takes_back_one_change():
+    assert differences("v8c") == differences("ReLU") == set()
+    assert differences("untied output layer") == {"lm_head.weight"}
+    parts = [f"blocks.{i}.{part}" for i in (0, 1) for part in ("attention", "feed_forward")]
+    projections = {f"{part}.projection.weight" for part in parts}
+    assert differences("projections as large as the rest") == projections
+    biases = {f"blocks.{i}.attention.query_key_value.bias" for i in (0, 1)}
+    assert differences("no biases of queries, keys and values") == biases
+
+
+def test_the_weights_of_the_variants_of_v8c_are_as_large_as_those_of_v8b():
+    torch.manual_seed(1)
+    cfg = tiny(v8c_gpt2, n_embd=96, n_layer=8)
+    model = ablation.make_model("projections as large as the rest", v8c_gpt2, cfg, 99)
+    weight = model.blocks[3].feed_forward.projection.weight
+    assert weight.std().item() == pytest.approx(0.02, rel=0.05)
+    head = ablation.make_model("untied output layer", v8c_gpt2, cfg, 99).lm_head.weight
+    assert head.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ablation.VARIANTS["v8c_gpt2"])
+def test_the_variants_of_v8c_train(name, splits):
+    seen = []
+    real = torch.nn.functional.relu
+
+    def relu(x):
+        seen.append(x)
+        return real(x)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.nn.functional, "relu", relu)
+        cfg = tiny(v8c_gpt2, warmup_iters=0)
+        first, last, _ = ablation.run(name, v8c_gpt2, cfg, VOCAB_SIZE, *splits)
+    assert last < first
+    assert bool(seen) == (name == "ReLU")
 
 
 # ---- the program

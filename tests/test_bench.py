@@ -6,10 +6,12 @@ from conftest import TEXT
 from torch.nn.modules.module import register_module_forward_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+import data
 import v2_single_head
 from lab import bench
 from lab.ladder import load
 from part2_training import v6b_fast
+from part4_gpt2 import v8a_byte_pairs
 from support import hardware
 
 SHAPE = {"batch_size": 3, "block_size": 8, "n_embd": 24, "n_head": 2, "n_layer": 2}
@@ -195,7 +197,9 @@ def test_the_table_of_writing_has_medians_and_ratios():
     [
         (["--models", "v5_gpt,v99"], "v99"),
         (["--writers", "v6b_fast"], "v6b_fast"),
-        (["--models", ",", "--writers", ""], "both empty"),
+        (["--models", ",", "--writers", ""], "all empty"),
+        (["--vocabularies", "255"], "--vocabularies 255: not a number from 256 to 65,536"),
+        (["--vocabularies", "300,many"], "--vocabularies many: not a number"),
         (["--block_size", "20000"], "--block_size 20000"),
         (["--dtype", "half"], "--dtype: invalid choice: 'half'"),
         (["--rounds", "0"], "--rounds 0"),
@@ -223,6 +227,30 @@ def test_no_transformers(monkeypatch, capsys, tmp_path):
     assert "requirements-dev.txt" in capsys.readouterr().err
 
 
+def test_the_table_does_not_say_compiled_if_there_is_no_compiler(monkeypatch, capsys, tmp_path):
+    class Here:
+        """A pool whose process is this one."""
+
+        def __init__(self, *_):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def submit(self, turn, *args):
+            self.result = lambda: turn(*args)
+            return self
+
+    monkeypatch.setattr(bench, "ProcessPoolExecutor", Here)
+    monkeypatch.setattr(bench, "matmul_rate", lambda dtype, device: 1000.0)
+    monkeypatch.setattr(hardware, "compiler_works", lambda device: False)
+    bench.main([*FLAGS, "--models=v6b_fast", "--writers=", f"--out={tmp_path}", "--compile"])
+    assert "torch.compile off" in capsys.readouterr().out
+
+
 def test_a_process_that_dies(monkeypatch, capsys, tmp_path):
     class Dead:
         def __init__(self, *_):
@@ -242,3 +270,29 @@ def test_a_process_that_dies(monkeypatch, capsys, tmp_path):
         bench.main([*FLAGS, "--models", "v5_gpt", "--out", str(tmp_path)])
     assert stop.value.code == 2
     assert "v5_gpt" in capsys.readouterr().err
+
+
+def test_the_tokens_of_v8a_are_timed(tmp_path, capsys, monkeypatch):
+    """Learning ends before encoding begins, and the text is all of Shakespeare."""
+    text = "the fox and the hen " * 50
+    seen = []
+    learn, encode = v8a_byte_pairs.learn_merges, v8a_byte_pairs.BytePairTokenizer.encode
+
+    def learn_merges(text, vocab_size):
+        seen.append(("learn", len(text), vocab_size))
+        return learn(text, vocab_size)
+
+    def encode_text(tokenizer, text):
+        seen.append(("encode", len(text), tokenizer.n_vocab))
+        return encode(tokenizer, text)
+
+    times = iter([0.0, 1.5, 1.75, 0.0, 2.5, 2.75])
+    monkeypatch.setattr(data, "load_text", lambda name: text)
+    monkeypatch.setattr(v8a_byte_pairs, "learn_merges", learn_merges)
+    monkeypatch.setattr(v8a_byte_pairs.BytePairTokenizer, "encode", encode_text)
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: next(times))
+    turns = [bench.token_turn(258, config()) for _ in range(2)]
+    assert seen == 2 * [("learn", 900, 258), ("encode", 1000, 258)]
+    assert turns == [(1.5, 0.25), (2.5, 0.25)]
+    rows = bench.token_table({1024: turns}, config()).splitlines()
+    assert rows[-1] == "| 1,024 | 2.00 | 1.50 to 2.50 | 0.25 | 0.25 to 0.25 |"

@@ -1,6 +1,7 @@
 """lab/compare.py: the runs of the scripts' own commands, in a table and a picture."""
 
 import json
+import math
 import re
 
 import matplotlib.image
@@ -9,6 +10,7 @@ from conftest import TEXT, losses_and_sample, tiny_flags
 
 from lab import compare
 from lab.ladder import SCRIPTS, load
+from part4_gpt2 import v8a_byte_pairs
 from part5_modern import v9d_gqa
 
 
@@ -24,7 +26,7 @@ def test_the_comparison_of_all_scripts(tmp_path, corpus, capsys, monkeypatch):
     rows = re.findall(r"^\| `(\w+)\.py` \|(.*)\|$", written, flags=re.MULTILINE)
     names = compare.ON_CHARACTERS.split(",")
     assert [name for name, _ in rows] == names
-    assert names == [name for name in SCRIPTS if not name.startswith("v8")]
+    assert names == [name for name in SCRIPTS if not name.startswith(("v8", "v12"))]
     assert f"on {3 * 4 * 5} tokens" in written
 
     for name in names:  # each run is the one of the script's own command
@@ -106,3 +108,20 @@ def test_logs_are_drawn_too(tmp_path, capsys, corpus):
             compare.main([*flags, "--logs", str(log)])
         assert stop.value.code == 2
         assert f"--logs {log}" in capsys.readouterr().err
+
+
+def test_other_tokens_are_compared_in_bits_per_byte(tmp_path, corpus, capsys):
+    """v8a has tokens of its own, v5 has characters, each of which is a byte here."""
+    flags = [*tiny_flags(v9d_gqa), "--data", str(corpus), "--prompt", "The "]
+    compare.main([*flags, "--out", str(tmp_path), "--scripts", "v5_gpt,v8a_byte_pairs"])
+    written = (tmp_path / "compare.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(\w+)\.py` \| \S+ \| \S+ \| (\S+) \| (\S+) \|", written, re.MULTILINE)
+    (name, loss, bits), (other, other_loss, other_bits) = rows
+    assert (name, other) == ("v5_gpt", "v8a_byte_pairs")
+    assert float(bits) == pytest.approx(float(loss) / math.log(2), abs=2e-3)
+    n_train = len(TEXT) * 9 // 10
+    tokenizer = v8a_byte_pairs.make_tokenizer({}, TEXT[:n_train], 1024)
+    tokens_per_byte = len(tokenizer.encode(TEXT[n_train:])) / len(TEXT[n_train:])
+    expected = float(other_loss) / math.log(2) * tokens_per_byte
+    assert float(other_bits) == pytest.approx(expected, abs=2e-3)
+    assert written.count("The ") >= 2, "samples"

@@ -54,6 +54,20 @@ def test_the_cpu_gets_its_own_defaults():
         assert cfg == Config(24, 0.25, "c", "one", False, device)
 
 
+@pytest.mark.parametrize("gpus", [{"cuda": True}, {"mps": True}, {"cuda": True, "mps": True}])
+def test_without_flags_a_run_starts_beside_a_gpu_that_pytorch_can_not_use(monkeypatch, gpus):
+    """One that is too old for this version, for example, is there all the same."""
+    pretend(monkeypatch, **gpus)
+
+    def ones(*shape, device):
+        raise RuntimeError("no kernel image is available for execution on the device")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    assert flags.best_device() == "cpu"
+    monkeypatch.setattr(torch, "ones", lambda *shape, device: torch.zeros(1))
+    assert flags.best_device() == next(iter(gpus))
+
+
 @pytest.mark.parametrize("device", ["cuda", "mps"])
 def test_a_gpu_gets_its_own_defaults(monkeypatch, device):
     pretend(monkeypatch, **{device: True})

@@ -192,14 +192,11 @@ COURSE = {
     "v8c_gpt2": {
         "parent": "v8b_gpt2_tokens",
         "lesson": "take over the architecture of the released models",
-        "adds": ["PRESETS", "Config.norm", "Config.preset", "read_settings"],
+        "adds": ["PRESETS", "Config.preset", "read_settings"],
         "changes": [
             "SIZES",
             "MultiHeadAttention.__init__",
             "FeedForward.forward",
-            "Block",
-            "Block.__init__",
-            "Block.forward",
             "LanguageModel.__init__",
             "LanguageModel.forward",
             "main",
@@ -210,7 +207,6 @@ COURSE = {
         "lesson": "start from released weights, and write weights that others can load",
         "adds": [
             "GPT2_NAMES",
-            "GPT1_NAMES",
             "FINE_TUNING",
             "Config.init_from",
             "Config.export",
@@ -224,6 +220,36 @@ COURSE = {
         "lesson": "take one step on many batches, in turn and on several GPUs at once",
         "adds": ["Config.grad_accum_steps", "share_gradients"],
         "changes": ["from support", "train_step", "train", "read_settings", "main"],
+    },
+    "v8f_gpt1": {
+        "parent": "v8c_gpt2",
+        "lesson": "normalise after each addition, and read other tokens, as GPT-1 did",
+        "adds": [
+            "from pathlib",
+            "from tokenizers",
+            "Config.init_from",
+            "Config.export",
+            "GPT1Tokenizer",
+        ],
+        "changes": [
+            "from support",
+            "PRESETS",
+            "Config.tokenizer",
+            "make_tokenizer",
+            "Block",
+            "Block.forward",
+            "LanguageModel.__init__",
+            "LanguageModel.forward",
+            "read_settings",
+            "main",
+        ],
+    },
+    "v8g_epochs": {
+        "parent": "v8f_gpt1",
+        "lesson": "go through the text in epochs: every window once, then all of them again",
+        "replaces": ["Config.max_iters", "Config.eval_interval"],
+        "adds": ["Config.epochs", "Config.subset", "choose_windows", "epoch_batches"],
+        "changes": ["SIZES", "learning_rate_at", "train_step", "train"],
     },
     "v9a_rmsnorm": {
         "parent": "v7b_kv_cache",
@@ -403,6 +429,82 @@ COURSE = {
             "main",
         ],
     },
+    "v12a_sft": {
+        "parent": "v9d_gqa",
+        "lesson": "answer questions: conversations, and a loss on the answers alone",
+        "replaces": [
+            "Config.prompt",
+            "Config.max_new_tokens",
+            "Config.num_samples",
+            "Config.prompt_file",
+            "Config.stop",
+        ],
+        "adds": [
+            "Config.task",
+            "Config.n_demonstrations",
+            "Config.conversations",
+            "Config.base",
+            "Config.ask",
+            "ChatTokenizer",
+            "encode",
+            "answer",
+        ],
+        "changes": [
+            "from data",
+            "from support",
+            "Config.batch_size",
+            "Config.block_size",
+            "Config.max_iters",
+            "Config.eval_iters",
+            "Config.temperature",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
+    "v12b_grpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from one's own answers, and from nothing but whether they are right",
+        "adds": [
+            "Config.sft_iters",
+            "Config.n_answers",
+            "Config.rl_learning_rate",
+            "advantages_of",
+            "grpo_step",
+            "update",
+        ],
+        "changes": [
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "learning_rate_at",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
+    "v12c_dpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from pairs of a better and a worse answer",
+        "adds": ["import copy", "Config.beta", "Config.n_questions", "draw_pairs", "Preference"],
+        "changes": [
+            "Config.learning_rate",
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.eval_iters",
+            "Config.warmup_iters",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
@@ -542,7 +644,10 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v11b_tokenizer", "v11c_llama_weights", "v11d_chat"):
+    with_tokenizers = (
+        "v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights", "v11d_chat",
+    )  # fmt: skip
+    if script in with_tokenizers:
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 

@@ -597,6 +597,21 @@ def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_export_that_another_program_is_reading_is_renamed_a_moment_later(tmp_path, monkeypatch):
+    """On Windows, a virus scanner opens each new file."""
+    refused = iter([True])
+    real = Path.replace
+
+    def replace(old, new):
+        if new.name == "model.safetensors" and next(refused, False):
+            raise PermissionError(13, "Access is denied")
+        return real(old, new)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    write(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
 def test_an_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch):
     def stop(weights, path, metadata):
         Path(path).write_bytes(b"the first half")

@@ -1,6 +1,5 @@
 """data/prepare.py: the command that makes files of token ids, and what it refuses."""
 
-import json
 import runpy
 import sys
 from pathlib import Path
@@ -33,20 +32,9 @@ def test_texts_become_one_file_with_a_description(tmp_path, corpus, capsys):
     assert "encoding corpus.txt: 100%" in err
     assert "encoding second.txt: 100%" in err
     assert np.fromfile(path, dtype="<u2").tolist() == [*TEXT.encode(), 50_256, *b"fox"]
-    assert len(token_files.load_tokens(str(path))) == len(TEXT) + 4
+    assert len(token_files.load_tokens(str(path), "--data")) == len(TEXT) + 4
     names = {file.name for file in tmp_path.iterdir()}
     assert names == {"corpus.txt", "second.txt", "all.bin", "all.bin.json"}
-
-
-def test_a_file_from_elsewhere_only_gets_a_description(tmp_path, capsys):
-    path = tmp_path / "train.bin"
-    np.arange(1234, dtype="<u2").tofile(path)
-    prepare.main(["--adopt", str(path)])
-    out, err = capsys.readouterr()
-    assert out == f"{path}.json: describes 1,234 tokens\n"
-    assert err == ""
-    assert json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))["n_tokens"] == 1234
-    assert token_files.load_tokens(str(path))[np.arange(1234)].tolist() == list(range(1234))
 
 
 def test_it_runs_as_a_module(tmp_path, corpus, monkeypatch):
@@ -54,16 +42,15 @@ def test_it_runs_as_a_module(tmp_path, corpus, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare.py", str(corpus), "--out", str(path)])
     monkeypatch.delitem(sys.modules, "data.prepare")
     runpy.run_module("data.prepare", run_name="__main__")
-    assert len(token_files.load_tokens(str(path))) == len(TEXT)
+    assert len(token_files.load_tokens(str(path), "--data")) == len(TEXT)
 
 
-def test_help_shows_both_commands(capsys):
+def test_help_shows_the_command(capsys):
     with pytest.raises(SystemExit) as stop:
         prepare.main(["--help"])
     assert stop.value.code == 0
     out = capsys.readouterr().out
     assert "python -m data.prepare novel.txt letters.txt --out corpus.bin\n" in out
-    assert "python -m data.prepare --adopt train.bin\n" in out
 
 
 HOW = "name the texts and the file to write: TEXT... --out corpus.bin"
@@ -84,10 +71,6 @@ HOW = "name the texts and the file to write: TEXT... --out corpus.bin"
         (["corpus.txt", "latin.txt", "--out", "new.bin"], "TEXT latin.txt: not UTF-8 text; save"),
         (["nul.txt", "corpus.txt", "--out", "new.bin"], "TEXT nul.txt: a binary file"),
         ([".", "--out", "new.bin"], "TEXT .: is a directory; give the path of a text file"),
-        (["--adopt", "missing.bin"], "--adopt missing.bin: no such file"),
-        (["--adopt", "odd.bin"], "--adopt odd.bin: 9 bytes can't be ids of two bytes each"),
-        (["--adopt", "old.bin", "corpus.txt"], "--adopt: takes no texts and no --out"),
-        (["--adopt", "old.bin", "--out", "new.bin"], "--adopt: takes no texts and no --out"),
     ],
 )
 def test_mistakes_are_one_line_and_change_no_file(
@@ -99,7 +82,6 @@ def test_mistakes_are_one_line_and_change_no_file(
         "latin.txt": b"na\xefve",
         "nul.txt": b"fox\0",
         "old.bin": b"something that is worth keeping",
-        "odd.bin": bytes(9),
     }
     for name, content in files.items():
         Path(name).write_bytes(content)

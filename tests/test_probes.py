@@ -171,6 +171,24 @@ def test_the_deep_models_lack_what_their_label_says():
         assert len(model.blocks) == 12
 
 
+def test_the_start_is_measured_on_the_cpu(monkeypatch):
+    """In float64, which MPS doesn't have."""
+    moved = []
+    to_cpu, to_float64 = torch.nn.Module.cpu, torch.nn.Module.double
+
+    def double(module):
+        assert moved == [module]
+        return to_float64(module)
+
+    monkeypatch.setattr(torch.nn.Module, "cpu", lambda m: moved.append(m) or to_cpu(m))
+    monkeypatch.setattr(torch.nn.Module, "double", double)
+    model = model_of(cell("depth", "v5_gpt", "12 layers"))
+    x, _ = probes.order()
+    measures = probes.measure_start(model, x, x)
+    assert all(value > 0 for value in measures.values())
+    assert next(model.parameters()).dtype == torch.float32
+
+
 def test_the_attention_weights_are_those_of_the_model():
     model = model_of(cell("two_hops", "v5_gpt", "2 layers"))
     for parameter in model.parameters():

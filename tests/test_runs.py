@@ -330,6 +330,18 @@ def test_a_signal_that_the_program_ignores_stays_ignored(tmp_path, number):
         signal.signal(number, old)
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="Windows has the real one")
+def test_ctrl_break_on_windows_stops_a_run_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    old = signal.signal(signal.SIGUSR1, lambda *_: None)
+    try:
+        with pytest.raises(flags.Stopped) as stop, make_run(tmp_path):
+            signal.raise_signal(signal.SIGBREAK)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert stop.value.number == signal.SIGUSR1
+
+
 STOPPED_WITHOUT_READERS = """
 import os, signal, sys
 from part2_training import v6d_checkpoints as v6d
@@ -478,6 +490,8 @@ class ParallelConfig(Config):
 
     grad_accum_steps: int = setting("parts of a batch", 1)
     minutes: float = setting("time for training", 0.0)
+    vocab_size: int = setting("size of the vocabulary", 0)
+    tokenizer: str = setting("how text becomes tokens", "char")
 
 
 @pytest.mark.parametrize(("name", "value"), [("grad_accum_steps", 2), ("minutes", 1.5)])
@@ -495,6 +509,22 @@ def test_a_script_without_a_setting_does_not_drop_it(tmp_path, monkeypatch, name
     writer = Path("part2_training", "v6d_checkpoints.py")
     why = f"with --{name} {value}, which this script doesn't have; use that one"
     assert str(stop.value).endswith(f"latest.pt: written by {writer} {why}")
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--sample_only"])
+@pytest.mark.parametrize(("name", "value"), [("vocab_size", 1024), ("tokenizer", "gpt2")])
+def test_a_script_without_other_tokens_names_the_one_that_has_them(tmp_path, flag, name, value):
+    for folder, changes in ((tmp_path / "with", {name: value}), (tmp_path / "without", {})):
+        cfg = ParallelConfig(out_dir=str(folder), **changes)
+        run = runs.Run(cfg, "x/v8a_byte_pairs.py", data.CharTokenizer("ab"), "ab", {})
+        with run:
+            run.save(state_after(3), 3.5, 4.0)
+    assert read_settings(flag, "--out_dir", str(tmp_path / "without"))[1]["step"] == 3
+    with pytest.raises(data.InputError) as stop:
+        read_settings(flag, "--out_dir", str(tmp_path / "with"))
+    why = f"with --{name} {value}, which this script doesn't have; use that one"
+    assert "v8a_byte_pairs.py" in str(stop.value)
+    assert str(stop.value).endswith(why)
 
 
 def test_the_best_weights_are_kept_without_averages(tmp_path):

@@ -14,6 +14,7 @@ from conftest import TEXT, refused_input
 from test_v11b_tokenizer import MAKERS, STORY
 
 import data
+from part4_gpt2.v8a_byte_pairs import BytePairTokenizer
 from support import terminal
 
 TOKENIZER = data.CharTokenizer(TEXT)
@@ -435,3 +436,17 @@ def test_the_text_after_a_prompt_goes_on_with_it(capsys):
 def test_a_prompt_without_tokens_is_printed_alone(capsys):
     terminal.print_text("The", iter([]), TOKENIZER, "fox")
     assert capsys.readouterr().out == "The\n"
+
+
+# ---- pairs of tokens
+
+
+@pytest.mark.parametrize(("encoding", "arrow"), [("utf-8", "→"), ("cp1252", "->"), ("ascii", "->")])
+def test_pairs_can_be_printed_on_any_console(monkeypatch, encoding, arrow):
+    tokenizer = BytePairTokenizer([(116, 104), (256, 101)])
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(written, encoding, errors="strict"))
+    terminal.print_pairs([(116, 104), (256, 101)], tokenizer)
+    sys.stderr.flush()
+    lines = written.getvalue().decode(encoding).splitlines()
+    assert lines == [f"'t' + 'h' {arrow} 'th'", f"'th' + 'e' {arrow} 'the'"]

@@ -1,6 +1,5 @@
 """data/token_files.py: texts as files of token ids, what describes them, and what is refused."""
 
-import hashlib
 import itertools
 import json
 import os
@@ -12,12 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiktoken
-import torch
 from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
-from data import token_files
+from data import prepare, token_files
 from part4_gpt2 import v8b_gpt2_tokens as v8b
 
 END_OF_TEXT = 50_256
@@ -50,7 +48,7 @@ def no_encoding(monkeypatch):
 def bin_file(tmp_path, corpus, bpe) -> Path:
     """The small text as a file of token ids."""
     path = tmp_path / "prepared.bin"
-    token_files.write_token_file(path, [corpus], "--out", "TEXT")
+    prepare.write_token_file(path, [corpus])
     return path
 
 
@@ -70,84 +68,14 @@ def description_of(path) -> dict:
     return json.loads(Path(f"{path}.json").read_text(encoding="utf-8"))
 
 
-def forbid_encoding(monkeypatch):
-    def fail(pieces):
-        raise AssertionError("encoded again")
-
-    monkeypatch.setattr(token_files, "encode", fail)
-
-
-# ---- reading a file
-
-
-@pytest.fixture
-def counting(tmp_path) -> token_files.TokenFile:
-    """A file with the ids from 0 to 999."""
-    np.arange(1000, dtype="<u2").tofile(tmp_path / "counting.bin")
-    return token_files.TokenFile(tmp_path / "counting.bin", 0, 1000, "")
-
-
-def test_positions_of_any_shape_give_their_ids(counting):
-    windows = counting[np.array([[5, 6, 7], [997, 998, 999]])]
-    assert windows.dtype == np.uint16
-    assert windows.tolist() == [[5, 6, 7], [997, 998, 999]]
-
-
-@pytest.mark.parametrize(
-    "part", [slice(900), slice(900, None), slice(100, 300), slice(-50, None), slice(5000)]
-)
-def test_a_slice_has_the_ids_that_a_slice_of_an_array_has(counting, part):
-    ids = np.arange(1000)
-    assert isinstance(counting[part], token_files.TokenFile)
-    assert as_list(counting[part]) == ids[part].tolist()
-    assert as_list(counting[100:900][part]) == ids[100:900][part].tolist()
-
-
-def test_batches_and_splits_come_from_a_file_as_from_an_array(counting):
-    batches = []
-    for tokens in (counting, np.arange(1000, dtype=np.uint16)):
-        torch.manual_seed(3)
-        for part in data.split(tokens, 5):
-            batches.append(data.get_batch(part, 4, 5, "cpu"))
-    for (x, y), (expected_x, expected_y) in zip(batches[:2], batches[2:], strict=True):
-        assert torch.equal(x, expected_x)
-        assert torch.equal(y, expected_y)
-        assert torch.equal(y, x + 1)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_batches_do_not_keep_a_file_in_memory(tmp_path):
-    """600 batches touch most of a file of 64 MiB, but little of it stays."""
-
-    def mapped() -> float:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return int(re.search(r"RssFile:\s+(\d+)", status)[1]) / 1024  # MiB
-
-    path = tmp_path / "large.bin"
-    with path.open("wb") as file:
-        file.truncate(2**26)
-    kept_open = np.memmap(path, dtype=np.uint16, mode="r")
-    before = mapped()
-    for _ in range(600):
-        data.get_batch(token_files.TokenFile(path, 0, 2**25, ""), 4, 5, "cpu")
-    assert mapped() - before < 8
-    for _ in range(600):
-        data.get_batch(kept_open, 4, 5, "cpu")
-    assert mapped() - before > 16, "what a map that stays open keeps"
-
-
 # ---- from a text to a file
 
 
 def test_a_file_has_the_ids_of_its_text_and_a_description(bin_file, bpe):
     ids = bpe.encode_ordinary(TEXT)
     assert ids_of(bin_file) == ids
-    assert description_of(bin_file) == {
-        "tokenizer": "gpt2",
-        "n_tokens": len(ids),
-        "sha256": hashlib.sha256(bin_file.read_bytes()).hexdigest(),
-    }
-    assert as_list(token_files.load_tokens(str(bin_file))) == ids
+    assert description_of(bin_file) == {"tokenizer": "gpt2", "n_tokens": len(ids)}
+    assert as_list(token_files.load_tokens(str(bin_file), "--data")) == ids
     assert names_in(bin_file.parent) == {"corpus.txt", "prepared.bin", "prepared.bin.json"}
 
 
@@ -156,7 +84,7 @@ def test_end_of_text_separates_texts(tmp_path, bpe):
     for name, text in texts.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     paths = [tmp_path / name for name in texts]
-    n_tokens = token_files.write_token_file(tmp_path / "all.bin", paths, "--out", "TEXT")
+    n_tokens = prepare.write_token_file(tmp_path / "all.bin", paths)
     a, b, c = (bpe.encode_ordinary(text) for text in texts.values())
     assert ids_of(tmp_path / "all.bin") == [*a, END_OF_TEXT, *b, END_OF_TEXT, *c]
     assert n_tokens == description_of(tmp_path / "all.bin")["n_tokens"] == len(a + b + c) + 2
@@ -192,22 +120,22 @@ def test_pieces_have_the_tokens_of_the_whole_text(tmp_path, monkeypatch, request
     path.write_text(TEXTS[kind], encoding="utf-8", newline="")
     expected = encoding.encode_ordinary(data.load_text(path))
     for n in range(30, 60):
-        monkeypatch.setattr(token_files, "PIECE", n)
-        pieces = list(token_files.read_pieces(path, "--data"))
+        monkeypatch.setattr(prepare, "PIECE", n)
+        pieces = list(prepare.read_pieces(path))
         assert "".join(pieces) == data.load_text(path)
         assert max(len(piece) for piece in pieces) < 2 * n
-        ids = np.concatenate(list(token_files.encode(pieces)))
+        ids = np.concatenate(list(prepare.encode_pieces(pieces)))
         assert ids.dtype == np.uint16
         assert ids.tolist() == expected
 
 
 def test_a_text_without_spaces_is_cut_anywhere(tmp_path, bpe, monkeypatch):
-    monkeypatch.setattr(token_files, "PIECE", 10)
+    monkeypatch.setattr(prepare, "PIECE", 10)
     path = tmp_path / "text.txt"
     path.write_text("ÜberÄpfel" * 20, encoding="utf-8")
-    pieces = list(token_files.read_pieces(path, "--data"))
+    pieces = list(prepare.read_pieces(path))
     assert max(len(piece) for piece in pieces) == 10
-    ids = np.concatenate(list(token_files.encode(pieces)))
+    ids = np.concatenate(list(prepare.encode_pieces(pieces)))
     assert bpe.decode(ids.tolist()) == "ÜberÄpfel" * 20
 
 
@@ -221,7 +149,7 @@ def test_only_a_few_pieces_are_read_ahead(bpe, monkeypatch):
             n_read += 1
             yield f"{i} foxes"
 
-    for n_encoded, ids in enumerate(token_files.encode(pieces())):
+    for n_encoded, ids in enumerate(prepare.encode_pieces(pieces())):
         assert bpe.decode(ids.tolist()) == f"{n_encoded} foxes"
         assert n_read - n_encoded <= 5
     assert n_read == 50
@@ -237,79 +165,50 @@ def test_several_threads_encode_at_once(monkeypatch):
 
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
     monkeypatch.setattr(token_files, "load_encoding", Encoding)
-    ids = list(token_files.encode(["one", "three", "eleven", "twenty-two"]))
+    ids = list(prepare.encode_pieces(["one", "three", "eleven", "twenty-two"]))
     assert [array.tolist() for array in ids] == [[3], [5], [6], [10]]
 
 
 def test_a_bar_shows_how_fast_a_text_is_encoded(tmp_path, corpus, bpe, capsys):
-    token_files.write_token_file(tmp_path / "prepared.bin", [corpus], "--out", "TEXT")
+    prepare.write_token_file(tmp_path / "prepared.bin", [corpus])
     err = capsys.readouterr().err
     assert "encoding corpus.txt: 100%" in err
     assert "B/s" in err
 
 
-# ---- the file that is kept next to a text
-
-
-def test_a_text_is_encoded_once(corpus, bpe, monkeypatch):
-    first = token_files.load_tokens(str(corpus))
-    assert isinstance(first, token_files.TokenFile)
-    assert as_list(first) == bpe.encode_ordinary(TEXT)
-    kept = {"corpus.txt", "corpus.txt.gpt2.bin", "corpus.txt.gpt2.bin.json"}
-    assert names_in(corpus.parent) == kept
-    forbid_encoding(monkeypatch)
-    assert as_list(token_files.load_tokens(str(corpus))) == as_list(first)
-    assert as_list(token_files.load_tokens(f"{corpus}.gpt2.bin")) == as_list(first)
-
-
-def test_a_text_that_has_changed_is_encoded_again(corpus, bpe):
-    token_files.load_tokens(str(corpus))
-    stat = corpus.stat()
-    corpus.write_text(TEXT.replace("fox", "hen"), encoding="utf-8")
-    os.utime(corpus, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # neither newer nor longer
-    expected = bpe.encode_ordinary(TEXT.replace("fox", "hen"))
-    assert as_list(token_files.load_tokens(str(corpus))) == expected
-
-
-@pytest.mark.parametrize("lost", ["ids", "description", "half of the ids", "mark of the text"])
-def test_a_kept_file_that_is_damaged_is_made_anew(corpus, bpe, lost):
-    token_files.load_tokens(str(corpus))
-    kept, description = Path(f"{corpus}.gpt2.bin"), Path(f"{corpus}.gpt2.bin.json")
-    if lost == "ids":
-        kept.unlink()
-    if lost == "description":
-        description.unlink()
-    if lost == "half of the ids":
-        kept.write_bytes(kept.read_bytes()[: kept.stat().st_size // 2])
-    if lost == "mark of the text":
-        described = description_of(kept)
-        del described["text_sha256"]
-        description.write_text(json.dumps(described), encoding="utf-8")
-    assert as_list(token_files.load_tokens(str(corpus))) == bpe.encode_ordinary(TEXT)
-    assert description_of(kept)["text_sha256"] == hashlib.sha256(corpus.read_bytes()).hexdigest()
-
-
-def test_a_folder_that_can_not_be_written_to_keeps_nothing(corpus, bpe, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
-    tokens = token_files.load_tokens(str(corpus))
+def test_a_text_is_encoded_in_memory_and_leaves_no_file(corpus, bpe):
+    tokens = token_files.load_tokens(str(corpus), "--data")
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == bpe.encode_ordinary(TEXT)
     assert names_in(corpus.parent) == {"corpus.txt"}
 
 
-def test_a_full_disk_leaves_nothing_behind(corpus, bpe, monkeypatch):
-    def fsync(number):
-        raise OSError(28, "No space left on device")
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_ids_in_a_file_stay_there(tmp_path):
+    """600 batches from a file of 64 MiB need none of this program's own memory for it."""
 
-    monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(data.InputError, match="^--data .*No space left on device"):
-        token_files.load_tokens(str(corpus))
-    assert names_in(corpus.parent) == {"corpus.txt"}
+    def own_memory() -> float:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return int(re.search(r"RssAnon:\s+(\d+)", status)[1]) / 1024  # MiB
+
+    path = tmp_path / "large.bin"
+    with path.open("wb") as file:
+        file.truncate(2**26)
+    token_files.side_file(path).write_text(
+        '{"tokenizer": "gpt2", "n_tokens": 33554432}', encoding="utf-8"
+    )
+    before = own_memory()
+    tokens = token_files.load_tokens(str(path), "--data")
+    token_files.checksum(*data.split(tokens, 5))
+    for _ in range(600):
+        data.get_batch(tokens, 4, 5, "cpu")
+    assert own_memory() - before < 16
+    assert tokens.copy().any() == (own_memory() - before < 32), "what a copy of it needs"
 
 
 def test_shakespeare_and_python_are_encoded_in_memory(bpe, monkeypatch):
     monkeypatch.setattr(data.corpora, "python_library", lambda: TEXT)
-    tokens = token_files.load_tokens("python")
+    tokens = token_files.load_tokens("python", "--data")
     assert tokens.dtype == np.uint16
     assert tokens.tolist() == bpe.encode_ordinary(TEXT)
 
@@ -324,18 +223,35 @@ BAD_TEXTS = {
 @pytest.mark.parametrize("kind", BAD_TEXTS)
 def test_what_is_not_text_is_refused_and_leaves_nothing(tmp_path, bpe, monkeypatch, kind):
     content, said = BAD_TEXTS[kind]
-    monkeypatch.setattr(token_files, "PIECE", 16)
+    monkeypatch.setattr(prepare, "PIECE", 16)
     path = tmp_path / "bad.txt"
     path.write_bytes(content)
     with pytest.raises(data.InputError, match=f"^--val_data {path}: {said}"):
         token_files.load_tokens(str(path), "--val_data")
+    with pytest.raises(data.InputError, match=f"^TEXT {path}: {said}"):
+        prepare.write_token_file(tmp_path / "new.bin", [path])
     assert names_in(tmp_path) == {"bad.txt"}
+
+
+def test_a_full_disk_leaves_nothing_behind(corpus, bpe, monkeypatch):
+    def fsync(number):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(data.InputError, match="^--out .*No space left on device"):
+        prepare.write_token_file(corpus.with_name("new.bin"), [corpus])
+    assert names_in(corpus.parent) == {"corpus.txt"}
+
+
+def test_a_device_is_not_encoded(bpe, tmp_path):
+    with pytest.raises(data.InputError, match="^TEXT /dev/zero: a device, "):
+        prepare.write_token_file(tmp_path / "a.bin", [Path("/dev/zero")])
 
 
 def test_a_text_that_is_not_there_is_refused(tmp_path, bpe):
     for path in (tmp_path, tmp_path / "missing.txt", "", "x" * 3000):
         with pytest.raises(data.InputError, match="^--data.*give the path of a text file"):
-            token_files.load_tokens(str(path))
+            token_files.load_tokens(str(path), "--data")
 
 
 # ---- files that aren't what they should be
@@ -354,40 +270,46 @@ def damage(path, what):
         return "no such file; make it with python -m data.prepare"
     if what == "no description":
         side.unlink()
-        return f'there is no {side.name}. .* python -m data.prepare --adopt "{path}"'
+        return f'there is no {side.name}; encode a text; .* {{"tokenizer": "gpt2", "n_tokens": '
     if what == "half a description":
         side.write_bytes(side.read_bytes()[:9])
-        return f"can't read {side.name}"
+        return f"can't use {side.name}"
     if what == "description of random bytes":
         side.write_bytes(b"\xff\xfe\xfd")
-        return f"can't read {side.name}"
+        return f"can't use {side.name}"
     if what == "description of another kind":
         side.write_text("[1, 2]", encoding="utf-8")
-        return f"{side.name} lacks 'tokenizer'"
+        return f"can't use {side.name}"
+    if what == "nested description":
+        side.write_text("[" * 100_000, encoding="utf-8")
+        return f"can't use {side.name}"
     if what == "no count":
         describe_otherwise(path, n_tokens=None)
         return f"{side.name} lacks 'n_tokens'"
-    if what == "no checksum":
-        describe_otherwise(path, sha256=1)
-        return f"{side.name} lacks 'sha256'"
     if what == "other tokens":
         describe_otherwise(path, tokenizer="cl100k_base")
         return "its tokens are 'cl100k_base', not 'gpt2'"
+    if what == "an id too large":
+        path.write_bytes(ids[:-2] + np.array([50_257], dtype="<u2").tobytes())
+        return "50257 isn't the id of a token of GPT-2"
     if what == "wrong count":
         describe_otherwise(path, n_tokens=len(ids) // 2 - 1)
     if what == "cut off":
         path.write_bytes(ids[:-2])
-    if what == "one bit":
-        path.write_bytes(ids[:-1] + bytes([ids[-1] ^ 1]))
-    return f"not the file that {side.name} describes; make it again"
+    if what == "half an id":
+        path.write_bytes(ids[:-1])
+    if what == "nothing":
+        path.write_bytes(b"")
+        describe_otherwise(path, n_tokens=0)
+    return f"not the [0-9,]+ ids that {side.name} describes; make it again"
 
 
 @pytest.mark.parametrize(
     "what",
     [
         "file missing", "no description", "half a description", "description of random bytes",
-        "description of another kind", "no count", "no checksum", "other tokens", "wrong count",
-        "cut off", "one bit",
+        "description of another kind", "nested description", "no count", "other tokens",
+        "an id too large", "wrong count", "cut off", "half an id", "nothing",
     ],
 )  # fmt: skip
 def test_a_file_that_is_not_what_it_should_be_is_refused(bin_file, what):
@@ -396,57 +318,23 @@ def test_a_file_that_is_not_what_it_should_be_is_refused(bin_file, what):
         token_files.load_tokens(str(bin_file), "--val_data")
 
 
+def test_the_message_says_how_to_describe_ids_from_elsewhere(bin_file):
+    """As nanoGPT writes them, with every token of GPT-2."""
+    np.arange(50_257, dtype="<u2").tofile(bin_file)
+    token_files.side_file(bin_file).unlink()
+    with pytest.raises(data.InputError) as error:
+        token_files.load_tokens(str(bin_file), "--data")
+    example = re.search(r"\{.*\}", str(error.value))[0]
+    token_files.side_file(bin_file).write_text(example.replace("1234", "50257"), encoding="utf-8")
+    assert token_files.load_tokens(str(bin_file), "--data").tolist() == list(range(50_257))
+
+
 def test_a_text_named_bin_is_not_trained_on(tmp_path, bpe, capsys):
     path = tmp_path / "novel.bin"
     path.write_text(TEXT, encoding="utf-8")
     line = refused(v8b, capsys, *tiny_flags(v8b, tokenizer="gpt2"), "--data", path)
     assert line.startswith(f"error: --data {path}: not known to hold token ids")
     assert names_in(tmp_path) == {"novel.bin"}
-
-
-# ---- files without a description
-
-
-def test_an_adopted_file_is_described_as_if_it_had_been_made_here(bin_file):
-    expected = description_of(bin_file)
-    Path(f"{bin_file}.json").unlink()
-    before = bin_file.read_bytes()
-    assert token_files.adopt(bin_file, "--adopt") == expected["n_tokens"]
-    assert description_of(bin_file) == expected
-    assert bin_file.read_bytes() == before
-    assert as_list(token_files.load_tokens(str(bin_file))) == ids_of(bin_file)
-
-
-LARGEST = np.array([0, 50_256], dtype="<u2").tobytes()
-TOO_LARGE = np.array([0, 50_257], dtype="<u2").tobytes()
-
-
-def test_every_token_of_gpt2_can_be_adopted(tmp_path):
-    path = tmp_path / "ids.bin"
-    path.write_bytes(LARGEST)
-    assert token_files.adopt(path, "--adopt") == 2
-
-
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (None, "no such file"),
-        (b"", "0 bytes can't be ids of two bytes each"),
-        (bytes(2001), "2,001 bytes can't be ids of two bytes each"),
-        (TOO_LARGE, "50257 isn't the id of a token of GPT-2"),
-        (LARGEST * 20 + TOO_LARGE, "50257 isn't the id of a token of GPT-2"),
-        (TEXT[:-1].encode(), "this is a text; leave out --adopt to encode it"),
-    ],
-)
-def test_what_can_not_be_token_ids_is_not_adopted(tmp_path, monkeypatch, content, said):
-    monkeypatch.setattr(token_files, "CHUNK", 16)
-    path = tmp_path / "ids.bin"
-    if content is not None:
-        path.write_bytes(content)
-    before = names_in(tmp_path)
-    with pytest.raises(data.InputError, match=f"^--adopt {path}: {said}"):
-        token_files.adopt(path, "--adopt")
-    assert names_in(tmp_path) == before
 
 
 # ---- which tokenizer, which corpus
@@ -469,14 +357,11 @@ def test_without_its_files_the_tokenizer_is_char_or_an_error(no_encoding, capsys
         token_files.choose_tokenizer("gpt2")
 
 
-def test_the_checksum_tells_corpora_and_splits_apart(tmp_path):
+def test_the_checksum_tells_corpora_and_splits_apart():
     parts = []
     for number in (1, 2):
-        path = tmp_path / f"{number}.bin"
-        np.full(100, number, dtype="<u2").tofile(path)
-        tokens = token_files.TokenFile(path, 0, 100, token_files.checksum_of(path))
+        tokens = np.full(100, number, dtype=np.uint16)
         parts += [tokens, tokens[:90], tokens[90:]]
-    parts += [np.zeros(100, np.uint16), np.ones(100, np.uint16), np.ones(90, np.uint16)]
     for a, b in itertools.combinations(parts, 2):
         assert token_files.checksum(a) != token_files.checksum(b)
         assert token_files.checksum(a, b) != token_files.checksum(b, a)
@@ -537,55 +422,3 @@ def test_an_unknown_character_in_val_data_names_its_flag(tmp_path, corpus):
     other.write_text("Über " * 40, encoding="utf-8")
     with pytest.raises(data.InputError, match="^--val_data: the model's alphabet has no 'Ü'"):
         splits_of("char", data=str(corpus), val_data=str(other))
-
-
-# ---- what testers found
-
-
-def test_an_id_that_no_token_has_is_refused_though_the_checksum_fits(tmp_path):
-    path = tmp_path / "odd.bin"
-    np.array([5, 60_000, 7], dtype="<u2").tofile(path)
-    described = {"n_tokens": 3, "sha256": token_files.checksum_of(path)}
-    token_files.write_side_file(path, described, "--data")
-    with pytest.raises(data.InputError, match="^--data .*odd.bin: 60000 isn't the id of a token"):
-        token_files.load_tokens(str(path))
-
-
-def test_a_deeply_nested_side_file_is_refused(bin_file):
-    Path(f"{bin_file}.json").write_text("[" * 100_000, encoding="utf-8")
-    with pytest.raises(data.InputError, match=r"prepared.bin: can't read prepared.bin.json \("):
-        token_files.load_tokens(str(bin_file))
-
-
-def test_what_killed_programs_left_behind_is_removed(tmp_path, corpus, bpe):
-    path = tmp_path / "new.bin"
-    old, young = tmp_path / "new.bin.1.unfinished", tmp_path / "new.bin.2.unfinished"
-    for unfinished in (old, young):
-        unfinished.write_bytes(b"half")
-    os.utime(old, (1, 1))
-    token_files.write_token_file(path, [corpus], "--out", "TEXT")
-    assert not old.exists()
-    assert young.exists(), "another program may be writing it"
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux's names of open files")
-def test_no_file_is_written_beside_a_device(corpus, bpe):
-    """As /dev/stdin is, if a shell redirects it from a file."""
-    with corpus.open("rb") as file:
-        name = f"/proc/self/fd/{file.fileno()}"
-        assert as_list(token_files.load_tokens(name)) == bpe.encode_ordinary(TEXT)
-    assert names_in(corpus.parent) == {corpus.name}
-
-
-def test_a_device_is_not_encoded(bpe, tmp_path):
-    with pytest.raises(data.InputError, match="^TEXT /dev/zero: a device, "):
-        token_files.write_token_file(tmp_path / "a.bin", [Path("/dev/zero")], "--out", "TEXT")
-
-
-def test_a_folder_that_may_not_be_written_is_named(tmp_path, corpus, bpe, monkeypatch):
-    def unlink(path, missing_ok=False):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "unlink", unlink)
-    with pytest.raises(data.InputError, match=r"^--out .*a.bin: can't write there \(Permission"):
-        token_files.write_token_file(tmp_path / "a.bin", [corpus], "--out", "TEXT")

@@ -248,6 +248,15 @@ def test_slowed_rotations_are_those_of_transformers(changes):
     torch.testing.assert_close(angles.sin(), sin[0], rtol=0, atol=1e-3)
 
 
+@pytest.mark.parametrize("low", ["4", "5.5"])
+def test_a_slow_frequency_must_be_below_a_fast_one(corpus, tmp_path, capsys, low):
+    """Otherwise no frequency would be between them, or every one would be both."""
+    flags = tiny_flags(v11a, out_dir=tmp_path / "run", rope_low_freq_factor=low)
+    line = refused(v11a, capsys, *flags, "--data", corpus)
+    assert line == "error: --rope_low_freq_factor: must be below --rope_high_freq_factor"
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("changes", [{"rope_theta": 100.0}, {"rope_factor": 8.0}])
 def test_the_model_rotates_as_the_settings_say(changes):
     old = decisive(build(v11a, original_max_position_embeddings=20))

@@ -163,6 +163,16 @@ def test_temperature_0_takes_the_most_likely_token_and_draws_nothing(temperature
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_logits_that_overflow_are_refused(temperature, value):
+    logits = torch.zeros(2, 5)
+    logits[1, 3] = value
+    cfg = tiny(v7a, temperature=temperature)
+    with pytest.raises(data.InputError, match="logits are not finite"):
+        v7a.choose_token(logits, torch.zeros(2, 1, dtype=torch.long), cfg)
+
+
 def test_the_repetition_penalty_works_at_temperature_0():
     logits = LOGITS["random"]
     most_likely = logits.argmax(1, keepdim=True)

@@ -166,8 +166,11 @@ def test_a_run_shows_the_first_pairs_and_keeps_all_of_them(trained):
     n_train = len(TEXT) * 9 // 10
     merges = v8a.learn_merges(TEXT[:n_train], 280)
     tokenizer = v8a.BytePairTokenizer(merges)
-    shown = re.findall(r"^('.*') \+ ('.*')$", err, flags=re.MULTILINE)
-    assert shown == [tuple(repr(tokenizer.decode([i])) for i in pair) for pair in merges[:10]]
+    shown = re.findall(r"^('.*') \+ ('.*') → ('.*')$", err, flags=re.MULTILINE)
+    firsts = [repr(tokenizer.decode([first])) for first, _ in merges[:10]]
+    seconds = [repr(tokenizer.decode([second])) for _, second in merges[:10]]
+    wholes = [repr(tokenizer.decode([256 + i])) for i in range(10)]
+    assert shown == list(zip(firsts, seconds, wholes, strict=True))
     for name in ("latest.pt", "best.pt"):
         assert saved(folder, name)["tokenizer_content"] == {"merges": merges}
         assert saved(folder, name)["tokenizer"] == "bpe"
@@ -218,3 +221,11 @@ def test_a_split_that_is_too_short_is_refused(tmp_path, capsys):
     line = refused(v8a, capsys, *tiny_flags(v8a, vocab_size=300), "--data", path)
     assert line.startswith("error: --block_size ")
     assert "use a longer text or less" in line
+
+
+def test_a_split_that_is_too_short_leaves_no_folder_behind(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.txt").write_text("the " * 40, encoding="utf-8")
+    flags = tiny_flags(v8a, vocab_size=300, out_dir="")
+    refused(v8a, capsys, *flags, "--data", "short.txt")
+    assert list((tmp_path / "out").iterdir()) == []

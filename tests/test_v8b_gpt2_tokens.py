@@ -21,7 +21,7 @@ from conftest import TEXT, refused, tiny, tiny_flags
 from tiktoken_ext.openai_public import r50k_pat_str
 
 import data
-from data import token_files
+from data import prepare, token_files
 from lab.common import train
 from part3_generation import v7b_kv_cache as v7b
 from part4_gpt2 import v8b_gpt2_tokens as v8b
@@ -196,7 +196,7 @@ def test_a_huge_loss_still_has_a_perplexity():
     assert "perplexity 1.014e+304" in described(9999.0, [1])
 
 
-def test_the_length_of_a_token_is_the_mean_over_the_first_million(tmp_path):
+def test_the_length_of_a_token_is_the_mean_over_the_first_million():
     def bits(tokens):
         return float(described(1000 * math.log(2), tokens).split()[-2])
 
@@ -204,12 +204,9 @@ def test_the_length_of_a_token_is_the_mean_over_the_first_million(tmp_path):
     tokens = np.ones(1_000_010, dtype="<u2")
     tokens[-10:] = 9001
     tokens[:9] = 1001
-    tokens.tofile(tmp_path / "long.bin")
-    file = token_files.TokenFile(tmp_path / "long.bin", 0, len(tokens), "")
     expected = 1000 / (2 * (9 * 1001 + 999_991) / 1_000_000)
     assert bits(tokens) == pytest.approx(expected, abs=1e-3)
-    assert bits(file) == pytest.approx(expected, abs=1e-3)
-    assert bits(file[5:15]) == pytest.approx(1000 / (2 * (4 * 1001 + 6) / 10), abs=1e-3)
+    assert bits(tokens[5:15]) == pytest.approx(1000 / (2 * (4 * 1001 + 6) / 10), abs=1e-3)
 
 
 # ---- runs in byte pairs
@@ -317,7 +314,7 @@ def test_a_run_goes_on_with_its_own_corpus_only(tokenizer, corpus, bpe, capsys, 
 
 def test_a_run_goes_on_with_the_file_of_token_ids_of_its_text(trained, corpus, tmp_path):
     path = tmp_path / "prepared.bin"
-    token_files.write_token_file(path, [corpus], "--out", "TEXT")
+    prepare.write_token_file(path, [corpus])
     v8b.main(["--resume", "--out_dir", str(trained), "--max_iters", "4", "--data", str(path)])
     assert saved(trained)["step"] == 4
 
@@ -327,7 +324,7 @@ def test_a_file_of_token_ids_trains_as_its_text_does(corpus, bpe, capsys, tmp_pa
     val_text.write_text(TEXT[50:200], encoding="utf-8")
     for text in (corpus, val_text):
         path = text.with_suffix(".bin")
-        token_files.write_token_file(path, [text], "--out", "TEXT")
+        prepare.write_token_file(path, [text])
     for val_data in (None, val_text):
         outputs = []
         for ending in (".txt", ".bin"):
@@ -343,23 +340,23 @@ def test_a_file_of_token_ids_trains_as_its_text_does(corpus, bpe, capsys, tmp_pa
 
 
 class Recorder(np.memmap):
-    """A memory map that notes the positions that are read."""
+    """A memory map that notes what is read of it."""
 
     read = []
 
     def __getitem__(self, key):
+        found = super().__getitem__(key)
         if isinstance(key, np.ndarray):
-            self.read.append(key)
-        return super().__getitem__(key)
+            self.read.append(found)
+        return found
 
 
 def test_training_reads_only_its_own_windows_of_a_file(tmp_path, monkeypatch):
     path = tmp_path / "counting.bin"
     np.arange(1000, dtype="<u2").tofile(path)
-    monkeypatch.setattr(np, "memmap", Recorder)
     monkeypatch.setattr(Recorder, "read", [])
     cfg = tiny(v8b, max_iters=3, eval_interval=100)
-    splits = data.split(token_files.TokenFile(path, 0, 1000, ""), cfg.block_size)
+    splits = data.split(Recorder(path, dtype="<u2", mode="r"), cfg.block_size)
     assert Recorder.read == []
     train(v8b, v8b.LanguageModel(cfg, 1000), *splits, cfg)
     assert len(Recorder.read) == 3 + 2 * 2 * cfg.eval_iters, "batches, and two estimates"

@@ -1,4 +1,4 @@
-"""v8c_gpt2.py: the architecture of GPT-2 and GPT-1, and the presets.
+"""v8c_gpt2.py: the architecture of GPT-2, and the presets.
 
 That it computes what they compute is tested in test_v8d_gpt2_weights.py, with transformers.
 """
@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import VOCAB_SIZE, build, random_tokens, refused, shaken, tiny, tiny_flags
+from conftest import build, random_tokens, refused, shaken, tiny, tiny_flags
 from torch.nn import functional as F
 
 from data import token_files
@@ -20,7 +20,6 @@ from support import hardware
 @pytest.mark.parametrize(
     ("preset", "vocab_size", "n_parameters"),
     [
-        ("gpt1", 40_478, 116_534_784),
         ("gpt2", 50_257, 124_439_808),
         ("gpt2-medium", 50_257, 354_823_168),
         ("gpt2-large", 50_257, 774_030_080),
@@ -47,10 +46,10 @@ def test_a_preset_sets_its_sizes_and_nothing_else(preset):
 
 
 def test_a_flag_overrides_any_size_of_a_preset():
-    typed = {"norm": "pre", "n_layer": 3, "n_head": 5, "n_embd": 35, "block_size": 9}
+    typed = {"n_layer": 3, "n_head": 5, "n_embd": 35, "block_size": 9}
     for name, value in typed.items():
-        cfg = settings("--preset", "gpt1", f"--{name}", str(value))
-        assert vars(cfg).items() >= (v8c.PRESETS["gpt1"] | {name: value}).items()
+        cfg = settings("--preset", "gpt2-xl", f"--{name}", str(value))
+        assert vars(cfg).items() >= (v8c.PRESETS["gpt2-xl"] | {name: value}).items()
 
 
 def test_the_dtype_depends_on_the_sizes_of_the_preset(monkeypatch):
@@ -65,7 +64,7 @@ def test_the_dtype_depends_on_the_sizes_of_the_preset(monkeypatch):
 
 def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
     """A run that began with a preset goes on with it, and with the sizes that flags had changed."""
-    for preset in ("gpt1", ""):
+    for preset in ("gpt2-xl", ""):
         folder = tmp_path / f"run {preset}"
         chosen = ["--preset", preset] if preset else []
         v8c.main([*tiny_flags(v8c, out_dir=folder), "--data", str(corpus), *chosen])
@@ -76,7 +75,7 @@ def test_a_preset_is_refused_for_a_run_that_has_begun(corpus, tmp_path, capsys):
         for n, typed in enumerate(again, start=4):
             v8c.main(["--resume", "--out_dir", str(folder), "--max_iters", str(n), *typed])
         config = torch.load(folder / "latest.pt", weights_only=True)["config"]
-        assert config["norm"] == ("post" if preset == "gpt1" else "pre")
+        assert config["preset"] == preset
         assert (config["max_iters"], config["n_embd"]) == (n, 18)
 
 
@@ -97,14 +96,13 @@ def test_linear_layers_have_biases_but_for_the_output_layer():
             assert (module.bias is None) == (name == "lm_head"), name
 
 
-@pytest.mark.parametrize(("norm", "std_of_projections"), [("pre", 0.02 / 4), ("post", 0.02)])
-def test_weights_start_small_and_projections_smaller_in_gpt2(norm, std_of_projections):
-    sizes = {"n_embd": 192, "n_layer": 8, "block_size": 99, "norm": norm}
+def test_weights_start_small_and_projections_smaller():
+    sizes = {"n_embd": 192, "n_layer": 8, "block_size": 99}
     torch.manual_seed(1)
     for name, parameter in v8c.LanguageModel(tiny(v8c, **sizes), 200).named_parameters():
         if parameter.ndim == 2:
             is_projection = name.endswith("projection.weight")
-            std = std_of_projections if is_projection else 0.02
+            std = 0.02 / 4 if is_projection else 0.02
             assert parameter.std().item() == pytest.approx(std, rel=0.05), name
         else:
             assert parameter.unique().tolist() == [float("norm" in name and "weight" in name)], name
@@ -134,28 +132,3 @@ def test_dropout_is_applied_to_the_embeddings_in_training_only():
     is_dropped = dropped == 0
     assert 0.3 < is_dropped.float().mean() < 0.7
     assert torch.equal(dropped, (2 * kept).masked_fill(is_dropped, 0))
-
-
-def normalised(x, layer):
-    """LayerNorm by hand."""
-    centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    return centred / scale * layer.weight + layer.bias
-
-
-def test_gpt1_normalises_after_each_addition():
-    block = shaken(v8c.Block(tiny(v8c, norm="post")))
-    x = torch.randn(2, 5, 18)
-    y = normalised(x + block.attention(x), block.norm_1)
-    torch.testing.assert_close(block(x), normalised(y + block.feed_forward(y), block.norm_2))
-
-
-def test_gpt1_has_no_final_layernorm():
-    gpt1, gpt2 = (build(v8c, norm=norm) for norm in ("post", "pre"))
-    final = {"norm_f.weight", "norm_f.bias"}
-    assert set(gpt2.state_dict()) - set(gpt1.state_dict()) == final
-    seen = []
-    gpt1.blocks[-1].register_forward_hook(lambda *args: seen.append(args[-1]))
-    logits, _ = gpt1(random_tokens(2, 5))
-    torch.testing.assert_close(logits, seen[0] @ gpt1.token_embedding.weight.T)
-    assert logits.shape == (2, 5, VOCAB_SIZE)

@@ -185,6 +185,25 @@ def make_run(folder):
     return runs.Run(cfg, "x/v8e_distributed.py", data.CharTokenizer("ab"), "ab", {})
 
 
+@pytest.mark.parametrize(
+    ("has_gpu", "has_nccl", "backend"),
+    [(True, True, "cpu:gloo,cuda:nccl"), (True, False, "gloo"), (False, True, "gloo")],
+)
+def test_gpus_share_gradients_through_nccl_where_there_is_one(
+    monkeypatch, has_gpu, has_nccl, backend
+):
+    """On Windows there are GPUs, but there is no nccl."""
+    started = []
+    pretend(monkeypatch, 0, 2)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(processes.distributed, "is_nccl_available", lambda: has_nccl)
+    monkeypatch.setattr(processes.distributed, "init_process_group", started.append)
+    for name in ("barrier", "destroy_process_group"):
+        monkeypatch.setattr(processes.distributed, name, lambda: None)
+    with processes.joined_processes():
+        assert started == [backend]
+
+
 def test_only_the_first_process_has_the_folder(tmp_path, monkeypatch, capsys):
     """The others know the same losses, and write nothing."""
     folder = tmp_path / "run"

@@ -28,9 +28,8 @@ from torch import nn
 from tqdm import tqdm
 
 import data
-from data import token_files
-from lab.common import generate, train, whole_loss
-from lab.ladder import load, source, split_docstring
+from lab.common import generate, load_corpus, train, whole_loss
+from lab.ladder import load, part_of, source, split_docstring
 
 # The models that the page brings to life.
 LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
@@ -102,6 +101,8 @@ def jobs_for(scripts: list[str], changes: dict[str, Any]) -> list[Job]:
     """The runs that the page needs of the scripts; changes: settings for all of them."""
     jobs = []
     for script in scripts:
+        if part_of(script) == 8:  # learns from conversations, and completes no text
+            continue
         settings = {"seed": 1337, "prompt": "ROMEO:"}
         if script == "v10c_speedrun":
             settings.update(load(script).SHORT, **SPEEDRUN)
@@ -215,23 +216,6 @@ def load_config(job: Job) -> Any:
     """The script's Config with its defaults for a CPU and the settings of the job."""
     script = load(job.script)
     return data.read_flags(script.Config, "", ["--device", "cpu"], saved=job.settings)
-
-
-def load_corpus(script: Any, cfg: Any) -> tuple[Any, np.ndarray, np.ndarray]:
-    """The tokenizer of a script, and the tokens for training and for validation."""
-    if hasattr(script, "BPETokenizer") and token_files.choose_tokenizer(cfg.tokenizer) == "gpt2":
-        tokenizer = script.BPETokenizer()
-        train_data, val_data = token_files.load_splits(cfg, tokenizer, "")
-        return tokenizer, train_data, val_data
-    text = data.load_text(cfg.data)
-    if hasattr(script, "BytePairTokenizer"):
-        n_train = len(text) * 9 // 10  # characters, as in its main()
-        tokenizer = script.make_tokenizer({}, text[:n_train], cfg.vocab_size)
-        splits = [tokenizer.encode(part) for part in (text[:n_train], text[n_train:])]
-        return tokenizer, *(np.array(tokens, dtype=np.uint16) for tokens in splits)  # (n,) each
-    tokenizer = data.CharTokenizer(text)
-    train_data, val_data = data.split(tokenizer.encode(text), cfg.block_size, cfg.data)
-    return tokenizer, train_data, val_data
 
 
 def load_model(name: str, folder: Path, changes: dict[str, Any]) -> nn.Module:
