@@ -20,9 +20,11 @@ COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values
 SHORT = dict(re.findall(r"`\$(\w+)` stands for `([^`]+)`", "\n".join(DOCS.values())))
 LINK = r"\[(\w+)\.py\]\([\w/]*\1\.py\)"
 ROW = re.compile(  # script, parent, idea, changed lines, loss, minutes
-    rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+) \| [\d.]+ \|$", re.MULTILINE
+    rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+|–) \| [\d.]+ \|$", re.MULTILINE
 )
-COURSE = {row[0]: (row[2], row[3], float(row[4])) for row in ROW.findall(README)}
+COURSE = {}
+for script, _, idea, changed, loss in ROW.findall(README):
+    COURSE[script] = (idea, changed, None if loss == "–" else float(loss))
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -75,6 +77,8 @@ def test_the_readme_is_for_the_first_five_minutes():
 
 def test_the_course_is_in_one_table():
     assert list(COURSE) == SCRIPTS
+    without_loss = [script for script, (*_, loss) in COURSE.items() if loss is None]
+    assert without_loss == [script for script in SCRIPTS if part_of(script) == 8]
     for script, parent, *_ in ROW.findall(README):
         assert parent == (PARENTS[script].partition("_")[0] if PARENTS[script] else "–")
     for idea, _, _ in COURSE.values():
