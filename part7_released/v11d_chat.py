@@ -7,13 +7,13 @@ A chat model reads one text, and continues it. Special tokens in it say who is s
     <|im_start|>assistant
 
 The model was fine-tuned on such texts, and ends its answer with <|im_end|>. Its chat template, a
-small program that comes with it, makes the text of all messages so far (support/chat.py runs it).
+small program that comes with it, turns all messages so far into that text; support/chat.py runs it.
 --show_tokens shows what the model reads.
 
 With each turn, that text grows at its end, so the cache stays between turns: Conversation.read
-keeps the tokens that the old and the new text have in common, and reads only the rest. That takes
-a mask, in which new tokens see all the old ones and, among themselves, those before them. Some
-templates also change old turns. Then the two texts differ earlier, and more is read again.
+keeps the tokens that the old and the new text have in common, and reads only the rest. That needs
+a mask: a new token sees all the old ones, the new ones before it, and itself. Some templates also
+change old turns. Then the two texts differ earlier, and more is read again.
 
 New here: the mask in MultiHeadAttention, common_length, Conversation and talk. With --init_from,
           there is now a conversation instead of a sample; --no-sample_only fine-tunes before it.
@@ -119,7 +119,7 @@ class Config:
     export: str = setting("folder to write the best weights to", "")
     system: str = setting("what to tell a chat model before the conversation", "")
     show_tokens: bool = setting("show what the model reads in a conversation", False)
-    allow_special: bool = setting("allow special tokens in messages", False)
+    allow_special: bool = setting("let messages have special tokens, such as <|im_end|>", False)
 
 
 SIZES = [  # a run that is resumed must keep these, because the model depends on them
@@ -402,8 +402,8 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block. Tokens that they have come before idx. At most block_size fit,
-        unless idx is a single token.
+        caches: one for each block. The tokens in them come before idx. Together they are at most
+        block_size, but a single new token may replace the oldest.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
@@ -692,11 +692,11 @@ class Conversation:
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> torch.Tensor:
-        """Bring the caches to the tokens ids; return the logits after the last, float (1, V)."""
+        """Make the caches hold the tokens ids; return the logits after the last, float (1, V)."""
         # The last token is read in any case, because its logits are needed.
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
-            cache.length = n_kept
+            cache.length = n_kept  # append overwrites the rest
         self.ids = ids[:n_kept]  # if Ctrl-C interrupts the model, that is what all caches have
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
@@ -706,7 +706,7 @@ class Conversation:
     def answer(self, message: str) -> Iterator[torch.Tensor]:
         """Yield the tokens of the answer to a message, int64 (1, 1) each, as they are chosen."""
         self.messages.append({"role": "user", "content": message})
-        self.messages = self.tokenizer.drop_oldest(self.messages)
+        self.messages = self.tokenizer.drop_oldest(self.messages)  # until they fit
         ids = self.tokenizer.encode(self.messages)
         if self.cfg.show_tokens:
             self.tokenizer.show(ids, common_length(self.ids, ids))
@@ -719,7 +719,7 @@ class Conversation:
 
 
 def talk(conversation: Conversation, tokenizer: FileTokenizer) -> None:
-    """Answer each message; Ctrl-C stops an answer, and the end of the input the conversation."""
+    """Answer each message. Ctrl-C ends an answer; the end of the input ends the conversation."""
     for message in chat.read_messages(conversation.tokenizer):
         text = ""
         with chat.until_ctrl_c():

@@ -6,19 +6,20 @@ behind it, and the model learns to continue it:
 
     <user>reverse king<end><assistant>gnik<end>
 
-A special token has an id of its own. If the marker were made of characters, a user could type it
+A special token has an id of its own. If <assistant> were made of characters, a user could type it
 and speak as the assistant; but no text is encoded as a special token.
 
-Questions are only read. The loss is the mean over the n tokens of all the answers in a batch, with
-their ends (Ouyang et al. 2022, section 3.5; Touvron et al. 2023, section 3.1):
+Questions are only read. The loss is the mean over the n tokens of all answers in a batch, each
+<end> included (Ouyang et al. 2022, section 3.5, for the idea; Llama 2, Touvron et al. 2023, section
+3.1, for the loss):
 
-    loss = -1/n * sum over the tokens t of the answers of ln p(t | all tokens before t)
+    loss = -1/n * sum of ln p(t | all tokens before t), over the tokens t of the answers
 
 New here: ChatTokenizer, encode, answer, and the settings from --task on. Read data/tasks.py first:
-          questions on words, and sums, whose answers can be checked.
+          it makes the questions, on words or sums, and checks the answers.
 Run it:   python part8_assistant/v12a_sft.py
           python part8_assistant/v12a_sft.py --sample_only --ask "reverse queen"
-Expect:   from 0% to more than 98% right answers to questions about words that weren't in training.
+Expect:   right answers to questions about words that weren't in training rise from 0% to over 98%.
 Diff:     git diff --no-index part5_modern/v9d_gqa.py part8_assistant/v12a_sft.py
 """
 
@@ -75,9 +76,9 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     task: str = setting("what is asked", "words", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
-    conversations: str = setting("JSON lines of your own, instead of a task", "")
+    conversations: str = setting("file of conversations, one in JSON on each line", "")
     base: str = setting("folder of a run to start from; random weights without one", "")
-    ask: str = setting("a question, instead of some of the test", "")
+    ask: str = setting("a question to answer, instead of test questions", "")
 
 
 SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed must keep these
@@ -94,14 +95,15 @@ class ChatTokenizer(data.CharTokenizer):
         self.n_vocab += 3
 
     def decode(self, tokens: list[int]) -> str:
-        """Token ids to text, which has nothing for special tokens."""
+        """Token ids to text, without the special tokens."""
         return super().decode([token for token in tokens if token < self.user])
 
 
 def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
-    cross_entropy leaves -100 out of its mean, which is over all the other targets of a batch.
+    batches.pad then shifts the targets by one. cross_entropy leaves -100 out of its mean, which is
+    over all the other targets of a batch.
     """
     tokens, targets = [], []
     for message in conversation:
@@ -402,7 +404,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
 
 def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Config) -> list[str]:
-    """Answer the last question of each conversation; the model doesn't see the answer it has."""
+    """Answer the last question of each conversation, without showing the model the answer to it."""
     prompts = []
     for chat in chats:
         tokens, _ = encode(chat[:-1], tokenizer)

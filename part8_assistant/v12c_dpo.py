@@ -75,9 +75,9 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     task: str = setting("what is asked", "sums", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
-    conversations: str = setting("JSON lines of your own, instead of a task", "")
+    conversations: str = setting("file of conversations, one in JSON on each line", "")
     base: str = setting("folder of the run to start from, which is also the reference", "")
-    ask: str = setting("a question, instead of some of the test", "")
+    ask: str = setting("a question to answer, instead of test questions", "")
     beta: float = setting("how much it costs to leave the reference", 1.0, least=1e-9)
     n_questions: int = setting("questions that are answered twice", 4000, least=1)
 
@@ -96,14 +96,15 @@ class ChatTokenizer(data.CharTokenizer):
         self.n_vocab += 3
 
     def decode(self, tokens: list[int]) -> str:
-        """Token ids to text, which has nothing for special tokens."""
+        """Token ids to text, without the special tokens."""
         return super().decode([token for token in tokens if token < self.user])
 
 
 def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
-    cross_entropy leaves -100 out of its mean, which is over all the other targets of a batch.
+    batches.pad then shifts the targets by one. cross_entropy leaves -100 out of its mean, which is
+    over all the other targets of a batch.
     """
     tokens, targets = [], []
     for message in conversation:
@@ -404,7 +405,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
 
 def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Config) -> list[str]:
-    """Answer the last question of each conversation; the model doesn't see the answer it has."""
+    """Answer the last question of each conversation, without showing the model the answer to it."""
     torch.manual_seed(cfg.seed)  # so that answers differ only if the weights do
     prompts = []
     for chat in chats:
