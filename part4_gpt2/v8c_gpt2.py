@@ -14,8 +14,8 @@ New here: --preset, whose sizes are defaults that any flag can change; and the c
 Run it:   python part4_gpt2/v8c_gpt2.py
           python part4_gpt2/v8c_gpt2.py --preset gpt2 --n_embd 96 --max_iters 100
 Expect:   4.98 nats per token or 2.329 bits per byte; v8b_gpt2_tokens.py, with 4.9 million more
-          parameters, reaches 2.296. With each of three seeds, v8c ends higher: at this size, GPT-2's
-          architecture saves parameters, but doesn't lower the loss.
+          parameters, reaches 2.296. With each of three seeds, v8c ends higher: at this size, the
+          architecture of GPT-2 saves parameters, but doesn't lower the loss.
 Diff:     git diff --no-index part4_gpt2/v8b_gpt2_tokens.py part4_gpt2/v8c_gpt2.py
 """
 
