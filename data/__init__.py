@@ -2,7 +2,8 @@
 
 Beside it, corpora.py finds the text and flags.py reads the command line. That is all that part 1
 of the course needs. For part 4, prepare.py makes files of token ids, and token_files.py reads them.
-files.py replaces a file only when the new one is complete.
+For part 8, tasks.py asks questions, and conversations.py reads conversations. files.py replaces a
+file only when the new one is complete.
 """
 
 import numpy as np

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import data
 from data import setting
 from lab.common import generate, train, with_dtype
-from lab.ladder import SCRIPTS, load
+from lab.ladder import SCRIPTS, load, part_of
 from part2_training import v6b_fast
 from part4_gpt2 import v8a_byte_pairs
 from support import hardware
@@ -48,9 +48,10 @@ from support.stopwatch import wait_for
 
 # The GPT-2 of transformers with its own dtype, which is float32, and with that of v6b_fast.py.
 REFERENCES = ["transformers", "transformers_autocast"]
-NOT_BY_STEPS = "v8g_epochs"  # trains by epochs, and a step of it is one of v8f
-MODELS = [script for script in SCRIPTS[1:] if script != NOT_BY_STEPS] + REFERENCES
-WRITERS = [*SCRIPTS[SCRIPTS.index("v7a_sampling") :], "transformers"]
+# v8g trains by epochs, and a step of it is one of v8f; part 8 trains on conversations.
+ON_TEXT = [script for script in SCRIPTS if part_of(script) != 8]
+MODELS = [script for script in ON_TEXT[1:] if script != "v8g_epochs"] + REFERENCES
+WRITERS = [*ON_TEXT[ON_TEXT.index("v7a_sampling") :], "transformers"]
 SAMPLES = (1, 16)  # texts generated at a time
 VOCAB_SIZE = 65  # as in Shakespeare
 

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 # The folder of each part, and the part of each version.
 FOLDERS = {
     1: "", 2: "part2_training", 3: "part3_generation", 4: "part4_gpt2", 5: "part5_modern",
-    6: "part6_speedrun", 7: "part7_released",
+    6: "part6_speedrun", 7: "part7_released", 8: "part8_assistant",
 }  # fmt: skip
-PART_OF_VERSION = {"v6": 2, "v7": 3, "v8": 4, "v9": 5, "v10": 6, "v11": 7}
+PART_OF_VERSION = {"v6": 2, "v7": 3, "v8": 4, "v9": 5, "v10": 6, "v11": 7, "v12": 8}
 
 # The parent is the script that the lesson's diff is read against. Parents come before children.
 PARENTS = {
@@ -57,6 +57,10 @@ PARENTS = {
     "v11a_llama": "v9d_gqa",
     "v11b_tokenizer": "v11a_llama",
     "v11c_llama_weights": "v11b_tokenizer",
+    "v11d_chat": "v11c_llama_weights",
+    "v12a_sft": "v9d_gqa",
+    "v12b_grpo": "v12a_sft",
+    "v12c_dpo": "v12a_sft",
 }
 SCRIPTS = list(PARENTS)
 PAIRS = [(parent, child) for child, parent in PARENTS.items() if parent is not None]

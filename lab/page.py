@@ -47,6 +47,7 @@ PARTS = {
     5: ("Since GPT-2", "What has changed in the architecture since."),
     6: ("The speedrun", "The lowest loss that two CPU cores reach in a few minutes."),
     7: ("Released models", "The settings, tokens and weights of Llama, SmolLM2 and Qwen3."),
+    8: ("An assistant", "From completing a text to answering questions."),
 }
 # The strip "Is this text normal?": runs from the worst to the best, and what to see in each text.
 STRIP = {

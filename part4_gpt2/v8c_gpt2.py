@@ -6,16 +6,16 @@ What GPT-2 (Radford et al. 2019) does differently from v8b:
   smooth, and lets a little of a negative x through. GPT-2 uses an approximation with tanh.
 - One matrix is both the token embedding and the output layer (Press and Wolf 2017): tokens that are
   used alike should be similar in both. With 50,257 tokens, that saves many parameters.
-- Projections start smaller, by 1 / sqrt(2 * n_layer). Each block adds two of them to x, so without
-  that the sum would grow with the depth (section 2.3 of the paper).
+- Projections start with smaller weights, 1 / sqrt(2 * n_layer) times as large. Each block adds the
+  outputs of two to x, so otherwise the sum would grow with the depth (section 2.3 of the paper).
 - Biases for queries, keys and values, none for the output layer; dropout on the embeddings.
 
-New here: --preset, whose sizes are defaults that any flag can change; and each line of the above.
+New here: --preset, whose sizes are defaults that any flag can change; and the changes above.
 Run it:   python part4_gpt2/v8c_gpt2.py
           python part4_gpt2/v8c_gpt2.py --preset gpt2 --n_embd 96 --max_iters 100
 Expect:   4.98 nats per token or 2.329 bits per byte; v8b_gpt2_tokens.py, with 4.9 million more
-          parameters, reaches 2.296. In all of three seeds, v8c ends higher: at this size, being
-          GPT-2 saves parameters and nothing else.
+          parameters, reaches 2.296. With each of three seeds, v8c ends higher: at this size, the
+          architecture of GPT-2 saves parameters, but doesn't lower the loss.
 Diff:     git diff --no-index part4_gpt2/v8b_gpt2_tokens.py part4_gpt2/v8c_gpt2.py
 """
 

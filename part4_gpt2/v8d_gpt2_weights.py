@@ -9,16 +9,15 @@ Fine-tuning continues the training, on another text. Its defaults, FINE_TUNING, 
 those of a new model, so that the weights don't forget what they know.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
-from a released model (--init_from). read_settings decides which, and refuses flags that contradict
-each other.
+from a released model (--init_from, also with --sample_only). read_settings decides which, and
+refuses flags that contradict each other.
 
-New here: GPT2_NAMES, FINE_TUNING, weights_as_released and make_model, and what read_settings
-          decides.
+New here: GPT2_NAMES, FINE_TUNING, weights_as_released, make_model, and more in read_settings.
           support/gpt2_files.py and model_files.py download, read and write the files.
 Run it:   python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --sample_only --prompt "Life is"
           python part4_gpt2/v8d_gpt2_weights.py --init_from gpt2 --data my_novel.txt --batch_size 1
           python part4_gpt2/v8d_gpt2_weights.py --export out/my_gpt
-Expect:   the losses of v8c_gpt2.py, unless it starts from other weights.
+Expect:   without --init_from, the losses of v8c_gpt2.py.
 Diff:     git diff --no-index part4_gpt2/v8c_gpt2.py part4_gpt2/v8d_gpt2_weights.py
 """
 
@@ -47,7 +46,7 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
 }
 
-# What the parts of our model are called in GPT-2's files.
+# What the parts of our model are called in GPT-2's files. lm_head is the token embedding.
 GPT2_NAMES = {
     "token_embedding": "wte",
     "position_embedding": "wpe",
@@ -111,7 +110,7 @@ class Config:
     )
     val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
-    init_from: str = setting("start from gpt2 to gpt2-xl, distilgpt2, or a folder", "")
+    init_from: str = setting("start from gpt2 (or another size), distilgpt2 or a folder", "")
     export: str = setting("folder to write the best weights to", "")
 
 
@@ -527,7 +526,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
     The checkpoint is latest.pt with --resume and best.pt with --sample_only. The released model is
-    a dict: its settings, by our names, and its "folder". A dict that a run doesn't need is empty.
+    a dict: its settings, by our names, and its folder. A dict that a run doesn't need is empty.
     Raises data.InputError for flags that contradict each other.
     """
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
@@ -535,7 +534,8 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     if cfg.init_from:
         model_files.refuse_conflicts(cfg)
         released = gpt2_files.read_config(gpt2_files.find_folder(cfg.init_from))
-        cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING})
+        defaults = {**released, **FINE_TUNING}
+        cfg = data.read_flags(Config, __doc__, argv, defaults)
         gpt2_files.check_sizes(cfg, released)
     else:
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
@@ -564,7 +564,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if released:
         own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)  # changes the model, whose numbers own shares
+            own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
@@ -575,7 +575,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its characters
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

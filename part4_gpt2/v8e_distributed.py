@@ -56,7 +56,7 @@ PRESETS = {
     "gpt2-xl": {"n_layer": 48, "n_head": 25, "n_embd": 1600, "block_size": 1024},
 }
 
-# What the parts of our model are called in GPT-2's files.
+# What the parts of our model are called in GPT-2's files. lm_head is the token embedding.
 GPT2_NAMES = {
     "token_embedding": "wte",
     "position_embedding": "wpe",
@@ -120,7 +120,7 @@ class Config:
     )
     val_data: str = setting("text or .bin to validate on, instead of 10% of data", "")
     preset: str = setting("sizes of a released model", "", choices=list(PRESETS))
-    init_from: str = setting("start from gpt2 to gpt2-xl, distilgpt2, or a folder", "")
+    init_from: str = setting("start from gpt2 (or another size), distilgpt2 or a folder", "")
     export: str = setting("folder to write the best weights to", "")
     grad_accum_steps: int = setting("batches per step, in each process", 1, least=1)
 
@@ -552,7 +552,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     """Decide where a run starts: return its settings, its checkpoint and its released model.
 
     The checkpoint is latest.pt with --resume and best.pt with --sample_only. The released model is
-    a dict: its settings, by our names, and its "folder". A dict that a run doesn't need is empty.
+    a dict: its settings, by our names, and its folder. A dict that a run doesn't need is empty.
     Raises data.InputError for flags that contradict each other.
     """
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
@@ -560,7 +560,8 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     if cfg.init_from:
         model_files.refuse_conflicts(cfg)
         released = gpt2_files.read_config(gpt2_files.find_folder(cfg.init_from))
-        cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING})
+        defaults = {**released, **FINE_TUNING}
+        cfg = data.read_flags(Config, __doc__, argv, defaults)
         gpt2_files.check_sizes(cfg, released)
     else:
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
@@ -590,7 +591,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if released:
         own = weights_as_released(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
-            own[name].copy_(weight)  # changes the model, whose numbers own shares
+            own[name].copy_(weight)  # it shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
@@ -602,7 +603,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its characters
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

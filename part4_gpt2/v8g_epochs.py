@@ -15,8 +15,8 @@ New here: choose_windows, epoch_batches, --epochs in place of --max_iters and --
 Run it:   python part4_gpt2/v8g_epochs.py
           python part4_gpt2/v8g_epochs.py --epochs 3 --subset 1000
           python part4_gpt2/v8g_epochs.py --data wikitext2-train.txt --val_data wikitext2-valid.txt
-Expect:   with --tokenizer char --subset 8000, 2.11 nats per character; v8f_gpt1.py reaches 2.12 with
-          as many random windows.
+Expect:   with --tokenizer char --subset 8000, 2.11 nats per character; v8f_gpt1.py reaches 2.12
+          with as many random windows.
 Diff:     git diff --no-index part4_gpt2/v8f_gpt1.py part4_gpt2/v8g_epochs.py
 """
 

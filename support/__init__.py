@@ -3,6 +3,7 @@
     runs.py          where a run starts from, its folder and its files, and Ctrl-C
     checkpoints.py   reading checkpoints, and what is wrong with one
     batches.py       batches that can be repeated
+    answers.py       continuing many prompts at once
     hardware.py      what the machine can do
     stopwatch.py     how fast a model trains
     terminal.py      reading prompts, and showing text while it is generated

@@ -4,6 +4,7 @@ import math
 import pickle
 import sys
 from pathlib import Path
+from typing import Any
 from zipfile import ZipFile
 
 import torch
@@ -150,6 +151,40 @@ def load_weights(model: torch.nn.Module, state: dict) -> None:
         raise InputError(f"{state['path']}: {why}") from None
     if not all(parameter.isfinite().all() for parameter in model.parameters()):
         raise InputError(f"{state['path']}: damaged: some of its weights aren't finite numbers")
+
+
+def load_base(
+    model: torch.nn.Module, tokenizer: Any, cfg: Any, sizes: list[str]
+) -> None:
+    """Start a model from the best weights of another run, that in cfg.base.
+
+    Its alphabet may be a smaller one, in which characters have other ids. The characters and
+    special tokens that it lacks keep the random weights that they have in the model. Raises
+    InputError if there is no such run, or if its sizes aren't those of cfg.
+    """
+    folder = Path(cfg.base)
+    if not folder.is_dir():
+        raise InputError(f"--base {folder}: no such folder; name the folder of a run")
+    base = read_checkpoint(folder / "best.pt")
+    for name in sizes:
+        if name not in base["config"]:
+            why = f"written by {script_path(base['script'])}, whose model has no {name}"
+            raise InputError(f"--base {folder}: {why}; use a run of v9d")
+        size = base["config"][name]
+        if size != getattr(cfg, name):
+            raise InputError(f"--base {folder}: has --{name} {size}; give --{name} {size}")
+    unknown = sorted(set(base["characters"]) - set(tokenizer.ids))
+    if unknown:
+        why = f"its text has {unknown[0]!r}, which the alphabet of this run lacks"
+        raise InputError(f"--base {folder}: {why}; use the same --data")
+    ids = [tokenizer.ids[character] for character in base["characters"]]
+    if base["tokenizer"] == tokenizer.name:
+        ids += range(len(tokenizer.ids), tokenizer.n_vocab)  # the special tokens
+    for name in ("token_embedding.weight", "lm_head.weight"):
+        grown = model.state_dict()[name].detach().cpu().clone()  # (V, n_embd)
+        grown[ids] = base["model"][name]
+        base["model"][name] = grown
+    load_weights(model, base)
 
 
 def load_averages(optimizer: torch.optim.Optimizer, state: dict, name: str = "") -> None:

@@ -270,13 +270,13 @@ def read_tokenizer(path: Path, flag: str) -> dict[str, Any]:
     return {**content, "files": files} if files else content
 
 
-def encode(tokenizer: Any, text: str, flag: str) -> list[int]:
-    """Text to token ids, with the special tokens that belong at its beginning.
+def encode(tokenizer: Any, text: str, flag: str, add_special_tokens: bool = True) -> list[int]:
+    """Text to token ids, with the special tokens that belong at its beginning, or without them.
 
     Raises InputError, naming flag, if the tokenizer can't encode the text.
     """
     try:
-        ids = tokenizer.encode(text).ids
+        ids = tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
     except Exception as error:  # a character that its vocabulary lacks, half of a character, ...
         why = str(error).removeprefix("WordLevel error: ")
         raise InputError(f"{flag}: the tokenizer can't encode it ({why})") from None

@@ -146,6 +146,8 @@ class Run:
             name = "data"
             if getattr(cfg, "val_data", "") != self.saved["config"].get("val_data", ""):
                 name = "val_data"
+            if getattr(cfg, "conversations", ""):
+                name = "conversations"
             raise InputError(f"--{name} {getattr(cfg, name)}: {why}")
         step = self.saved["step"]
         if getattr(cfg, "max_iters", step) < step:

@@ -1,5 +1,6 @@
 """What goes in and out of the terminal around generation: the prompt, and text piece by piece."""
 
+import json
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -17,11 +18,38 @@ def read_prompt_file(cfg: Any, tokenizer: Any) -> Any:
     Raises InputError if the file can't be read, or if tokenizer can't encode its text or --stop.
     """
     tokenizer.encode(cfg.stop, "--stop")
-    if not cfg.prompt_file:
-        return cfg
-    prompt = load_text(Path(cfg.prompt_file), "--prompt_file")
-    tokenizer.encode(prompt, "--prompt_file")
-    return replace(cfg, prompt=prompt, prompt_file="")  # so that a checkpoint has the text itself
+    if cfg.prompt_file:
+        prompt = load_text(Path(cfg.prompt_file), "--prompt_file")
+        tokenizer.encode(prompt, "--prompt_file")
+        cfg = replace(cfg, prompt=prompt, prompt_file="")  # so a checkpoint has the text itself
+    if getattr(cfg, "init_from", "") and not hasattr(cfg, "system"):  # which v11d has
+        notice_chat_model(cfg.prompt, tokenizer)
+    return cfg
+
+
+def notice_chat_model(prompt: str, tokenizer: Any) -> None:
+    """Print a notice if the model was trained on conversations, but the prompt isn't one.
+
+    Such a model comes with a chat template, and a conversation has special tokens.
+    """
+    files = getattr(tokenizer, "content", {}).get("files", {})
+    config = json.loads(files.get("tokenizer_config.json", "{}"))
+    if not prompt.strip() or not (config.get("chat_template") or files.get("chat_template.jinja")):
+        return
+    added = tokenizer.tokenizer.get_added_tokens_decoder().values()
+    if not any(token.special and token.content in prompt for token in added):
+        what = "this model was trained on conversations, and may go on with a plain text oddly"
+        print(f"notice: {what}; to chat with it, use v11d_chat.py", file=sys.stderr)
+
+
+def print_samples(model: Any, prompt: torch.Tensor, tokenizer: Any, cfg: Any) -> None:
+    """Print the prompt, int64 (1, T), and how the model goes on, as often as --num_samples says."""
+    start = cfg.prompt if cfg.prompt else "\n"
+    for i in range(cfg.num_samples):
+        if i > 0:
+            print("---")
+        tokens = model.stream(prompt, cfg.max_new_tokens, cfg)
+        print_text(start, tokens, tokenizer, cfg.stop)
 
 
 def print_text(start: str, tokens: Iterator[torch.Tensor], tokenizer: Any, stop: str) -> None:

@@ -39,6 +39,8 @@ TINY = {
     "max_new_tokens": 7,
     "tokenizer": "char",
     "vocab_size": 270,
+    "sft_iters": 2,
+    "n_answers": 2,
 }
 TEXT = "The quick brown fox jumps over the lazy dog.\nAnd then it sleeps, and dreams of hens.\n" * 9
 VOCAB_SIZE = len(set(TEXT))

@@ -410,6 +410,101 @@ COURSE = {
         ],
         "changes": ["from support", "KVCache.__init__", "LanguageModel.stream", "main"],
     },
+    "v11d_chat": {
+        "parent": "v11c_llama_weights",
+        "lesson": "talk to a model: one text of all messages, and a cache that stays between them",
+        "adds": [
+            "Config.system",
+            "Config.show_tokens",
+            "Config.allow_special",
+            "common_length",
+            "Conversation",
+            "talk",
+        ],
+        "changes": [
+            "from support",
+            "MultiHeadAttention.forward",
+            "LanguageModel.forward",
+            "read_settings",
+            "main",
+        ],
+    },
+    "v12a_sft": {
+        "parent": "v9d_gqa",
+        "lesson": "answer questions: conversations, and a loss on the answers alone",
+        "replaces": [
+            "Config.prompt",
+            "Config.max_new_tokens",
+            "Config.num_samples",
+            "Config.prompt_file",
+            "Config.stop",
+        ],
+        "adds": [
+            "Config.task",
+            "Config.n_demonstrations",
+            "Config.conversations",
+            "Config.base",
+            "Config.ask",
+            "ChatTokenizer",
+            "encode",
+            "answer",
+        ],
+        "changes": [
+            "from data",
+            "from support",
+            "Config.batch_size",
+            "Config.block_size",
+            "Config.max_iters",
+            "Config.eval_iters",
+            "Config.temperature",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
+    "v12b_grpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from one's own answers, and from nothing but whether they are right",
+        "adds": [
+            "Config.sft_iters",
+            "Config.n_answers",
+            "Config.rl_learning_rate",
+            "advantages_of",
+            "grpo_step",
+            "update",
+        ],
+        "changes": [
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "learning_rate_at",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
+    "v12c_dpo": {
+        "parent": "v12a_sft",
+        "lesson": "learn from pairs of a better and a worse answer",
+        "adds": ["import copy", "Config.beta", "Config.n_questions", "draw_pairs", "Preference"],
+        "changes": [
+            "Config.learning_rate",
+            "Config.max_iters",
+            "Config.eval_interval",
+            "Config.eval_iters",
+            "Config.warmup_iters",
+            "Config.task",
+            "Config.base",
+            "answer",
+            "estimate_loss",
+            "train_step",
+            "train",
+            "main",
+        ],
+    },
 }
 MOST_CHANGED_LINES = 100
 # Law 4: how long and how branched a function may be.
@@ -549,7 +644,10 @@ def test_a_script_stands_alone(script):
         allowed |= {"support"}
     if part_of(script) == 4:
         allowed |= {"tiktoken"}
-    if script in ("v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights"):
+    with_tokenizers = (
+        "v8f_gpt1", "v8g_epochs", "v11b_tokenizer", "v11c_llama_weights", "v11d_chat",
+    )  # fmt: skip
+    if script in with_tokenizers:
         allowed |= {"tokenizers"}
     assert imports(script) <= sys.stdlib_module_names | allowed
 

@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import sys
 import tokenize
@@ -12,8 +13,9 @@ import torch
 from conftest import TINY, VOCAB_SIZE, tiny, tiny_flags
 
 import data
+from data import tasks
 from lab.common import generate
-from lab.ladder import SCRIPTS, load
+from lab.ladder import PARENTS, SCRIPTS, load
 from support import batches
 
 SHAPE = re.compile(r"# (\(.*?\))(?: each| and (\(.*\)))?$")
@@ -41,6 +43,16 @@ class LikeCuda(str):
 
     def startswith(self, prefix):
         return prefix == "cuda"
+
+
+class OneToken:
+    """For a conversation whose first text is two tokens, and whose second is four."""
+
+    def drop_oldest(self, messages):
+        return messages
+
+    def encode(self, messages):
+        return [1] * (2 * len(messages))
 
 
 class ShapeTracer:
@@ -85,8 +97,12 @@ class ShapeTracer:
             if isinstance(names.get(name), torch.Tensor):
                 B, *sizes = names[name].shape
                 T = sizes[1] if len(sizes) == 3 else sizes[0]  # (B, n_head, T, head_size)
+                if not names[name].is_floating_point():
+                    T = sizes[-1]  # (B, 2, T)
                 known |= {"B": B, "T": T}
                 break
+        if isinstance(names.get("ids"), list):  # Conversation.read and Conversation.answer
+            known |= {"B": 1, "T": len(names["ids"]) - names.get("n_kept", 0)}
         if "key" in names and "x" not in names:  # KVCache.append
             known["B"] = names["key"].shape[0]
         if isinstance(names.get("x"), torch.Tensor):
@@ -100,9 +116,14 @@ class ShapeTracer:
             known["kv_size"] = getattr(names["self"].blocks[0].attention, "kv_size", None)
         known |= {name: value for name, value in attributes.items() if type(value) is int}
         known |= {name: value for name, value in names.items() if type(value) is int}
+        for name in ("conversations", "examples"):
+            if name in names:
+                known["N"] = len(names[name])
         if isinstance(names.get("matrix"), torch.Tensor):  # orthogonalise and Muon.step
             known["rows"], known["columns"] = names["matrix"].shape
             known["n"] = min(names["matrix"].shape)
+        if isinstance(names.get("rewards"), torch.Tensor):  # advantages_of
+            known.setdefault("n_questions", len(names["rewards"]))
         if isinstance(names.get("tokens"), np.ndarray):  # describe_best
             known["n"] = len(names["tokens"])
         if isinstance(names.get("windows"), np.ndarray):  # all of v8g's, or those of a batch
@@ -114,7 +135,7 @@ class ShapeTracer:
                 known[name] = names[name]
         if hasattr(names.get("cache"), "length"):  # a KVCache, before it gets the T new keys
             known.setdefault("n_old", names["cache"].length)
-        if "n_old" in known:  # the keys in a cache of block_size, or all of them without one
+        if "n_old" in known and "n_keys" not in names:  # all, or those in a full cache
             known["n_keys"] = min(known["n_old"] + known["T"], TINY["block_size"])
         if isinstance(names.get("cache"), torch.Tensor):
             known.setdefault("end", names["cache"].shape[-2])
@@ -162,6 +183,20 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
     if hasattr(script, "learn_merges"):
         prompt, vocab_size = "zzzzz", TINY["vocab_size"]  # five tokens, because "zz" is rare
     flags = [*tiny_flags(script, prompt=prompt), "--data", str(corpus)]
+    if hasattr(script.Config, "conversations"):  # one that fills a window of five tokens, twice
+        path = tmp_path / "conversations.jsonl"
+        roles = [{"role": "user", "content": "T"}, {"role": "assistant", "content": "q"}]
+        path.write_text(f"{json.dumps({'messages': roles})}\n" * 2, encoding="utf-8")
+        flags += ["--conversations", str(path)]
+        alphabet = tasks.alphabet(path.read_text(encoding="utf-8"), [])
+        vocab_size = script.ChatTokenizer(alphabet).n_vocab
+    if hasattr(script, "draw_pairs"):  # and the answers of its base, of which one is right
+        base = tmp_path / "base"
+        parent = load(PARENTS[name])
+        parent.main([*tiny_flags(parent, out_dir=base), "--conversations", str(path)])
+        right = iter([True, False] * 99)
+        monkeypatch.setattr(tasks, "is_right", lambda chat, answer: next(right))
+        flags += ["--base", str(base)]
     sizes = tiny(script)
 
     def run():
@@ -172,10 +207,13 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
             script.main([*flags, "--sample_only", "--temperature", "0"])
             model = script.LanguageModel(sizes, vocab_size)
             generate(script, model, torch.zeros(2, 3).long(), 4, sizes)
-        if hasattr(script.LanguageModel, "make_caches"):  # several tokens after others
-            caches = model.make_caches(2)
-            model(torch.zeros(2, 2).long(), caches=caches)
-            model(torch.zeros(2, 3).long(), caches=caches)
+        if hasattr(script, "Conversation"):
+            tokenizer = OneToken()
+            conversation = script.Conversation(model, tokenizer, sizes)
+            list(conversation.answer("a"))
+            list(conversation.answer("b"))  # several tokens after others
+        if hasattr(script, "draw_pairs"):  # whose own loss is another
+            model(torch.zeros(2, 3).long(), torch.zeros(2, 3).long())
         switches = [s for s in ("relu_squared", "fused_attention") if hasattr(sizes, s)]
         if switches:  # on for a GPU, so on in these runs
             off = [f"--no-{switch}" for switch in switches]
@@ -207,12 +245,17 @@ def test_shape_comments_of_the_helper(splits):
 
 def test_shape_comments_of_the_batches(splits):
     size = (TINY["batch_size"], TINY["block_size"])
-    tracer = run_traced(
-        batches.__file__, lambda: batches.get_spread_batch(splits[0], 1, 3, *size, "cpu")
-    )
+
+    def run():
+        batches.get_spread_batch(splits[0], 1, 3, *size, "cpu")
+        examples = batches.pad([([1, 2, 3], [-100, 2, 3]), ([4, 5], [4, 5])], size[1])
+        batches.get_random_rows(examples, size[0])
+        batches.get_spread_rows(examples, 1, 3, size[0], "cpu")
+
+    tracer = run_traced(batches.__file__, run)
     assert tracer.wrong == []
     assert tracer.checked == set(tracer.claims)
-    assert len(tracer.checked) >= 2
+    assert len(tracer.checked) >= 10
 
 
 @pytest.mark.parametrize("claim", ["(3, T)", "(B, T + 1)", "(B,)"])

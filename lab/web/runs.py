@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 import data
 from lab.common import generate, load_corpus, train, whole_loss
-from lab.ladder import load, source, split_docstring
+from lab.ladder import load, part_of, source, split_docstring
 
 # The models that the page brings to life.
 LIVE = ["bigram", "v2_single_head", "v3_multi_head", "v4_feedforward", "v5_gpt"]
@@ -43,6 +43,7 @@ SAME_TRAINING = {
     "v11a_llama": "v9d_gqa",
     "v11b_tokenizer": "v9d_gqa",
     "v11c_llama_weights": "v9d_gqa",
+    "v11d_chat": "v9d_gqa",
 }
 WITH_WEIGHTS = [*LIVE, *sorted(set(SAME_TRAINING.values()))]  # whose weights are kept
 SNAPSHOTS = [0, 10, 30, 100, 300, 1000]  # steps after which v5's text is shown
@@ -100,6 +101,8 @@ def jobs_for(scripts: list[str], changes: dict[str, Any]) -> list[Job]:
     """The runs that the page needs of the scripts; changes: settings for all of them."""
     jobs = []
     for script in scripts:
+        if part_of(script) == 8:  # learns from conversations, and completes no text
+            continue
         settings = {"seed": 1337, "prompt": "ROMEO:"}
         if script == "v10c_speedrun":
             settings.update(load(script).SHORT, **SPEEDRUN)
