@@ -5,7 +5,7 @@ initialisation (PyTorch's own takes its place). The fourth, dropout, is off by d
 It matters to a model that is large for its text, so it is switched on twice: for the whole text and
 for a small part of it. Of v6c's recipe, each ingredient is left out in turn, and then all of them.
 Of v8c, each change to v8b is taken back in turn: GELU, the tied output layer, the smaller
-projections, the biases of queries, keys and values; --vocab_size trains on fewer tokens than
+projections, the biases that came and the one that went; --vocab_size trains on fewer tokens than
 GPT-2's. With the same seed, all runs start from the same weights, except where the initialisation
 or the output layer is another one.
 
@@ -56,7 +56,7 @@ VARIANTS = {
     ],
     "v8c_gpt2": [
         "v8c", "ReLU", "untied output layer", "projections as large as the rest",
-        "no biases of queries, keys and values", "v8b",
+        "no biases of queries, keys and values", "a bias in the output layer", "v8b",
     ],
 }  # fmt: skip
 
@@ -100,6 +100,8 @@ def make_model(variant: str, script: Any, cfg: Any, vocab_size: int) -> nn.Modul
         if variant == "no biases of queries, keys and values":
             for block in model.blocks:
                 block.attention.query_key_value.bias = None
+        if variant == "a bias in the output layer":
+            model.lm_head.bias = nn.Parameter(torch.zeros(vocab_size))  # (V,)
     return model
 
 

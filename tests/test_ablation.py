@@ -259,6 +259,7 @@ def test_each_variant_of_v8c_takes_back_one_change():
     assert differences("projections as large as the rest") == projections
     biases = {f"blocks.{i}.attention.query_key_value.bias" for i in (0, 1)}
     assert differences("no biases of queries, keys and values") == biases
+    assert differences("a bias in the output layer") == {"lm_head.bias"}
 
 
 def test_the_weights_of_the_variants_of_v8c_are_as_large_as_those_of_v8b():
