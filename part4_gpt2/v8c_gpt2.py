@@ -514,7 +514,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg, saved = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
+        text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
         tokenizer = make_tokenizer(cfg, saved, text)  # a run keeps its characters
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from

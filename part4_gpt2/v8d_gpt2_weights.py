@@ -574,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
+        text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
         tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from

@@ -1,18 +1,19 @@
 """v8f_gpt1.py: GPT-1, which normalises after each addition, and has tokens of its own.
 
 A year before GPT-2, GPT-1 (Radford et al. 2018) had the same parts in another order. It normalises
-the sum of a block's input and output, as the first transformer did (Vaswani et al. 2017):
+the sum after each addition, as the first transformer did (Vaswani et al. 2017):
 
     GPT-1:  x = norm(x + attention(x))          GPT-2:  x = x + attention(norm(x))
 
-So a LayerNorm stands in the way of every residual connection, and the last block's LayerNorm is the
-final one. All weights start equally small: the sum can't grow with the depth.
+So a LayerNorm stands in the way of every residual connection, and none is needed after the last
+block. All matrices start equally small, because the sum can't grow with the depth.
 
-Its tokens are pairs of characters, not of bytes, in lower-case text and without line breaks: what
-it has never seen becomes <unk>, and capitals don't come back. There are 40,478 of them.
+GPT-1 has 40,478 tokens, merged from characters, not from bytes. Its text is in lower case and has
+no line breaks. A character that was never seen becomes <unk>, and capitals don't come back. Without
+--init_from or a tokenizer.json, the tokens are those of v8b.
 
 New here: Block.forward, GPT1Tokenizer, --preset gpt1, and a tokenizer.json as --tokenizer.
-          --init_from and --export are those of v8d, in support/gpt1_files.py.
+          --init_from and --export are as in v8d; their code is in support/gpt1_files.py.
 Run it:   python part4_gpt2/v8f_gpt1.py
           python part4_gpt2/v8f_gpt1.py --init_from openai-gpt --sample_only --prompt "life is"
 Expect:   with --tokenizer char, 2.12 nats per character; v8c_gpt2.py reaches 2.10. Exported models
@@ -127,7 +128,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids; [0], which is <unk>, for spaces and line breaks alone."""
+        """Text to token ids; [0], GPT-1's <unk>, for a text of only spaces and line breaks."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -521,7 +522,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, and the checkpoint and the released model that the run starts from."""
+    """Return the settings, the checkpoint and the released model; {} if it doesn't start there."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -535,8 +536,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
+        text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

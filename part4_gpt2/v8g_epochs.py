@@ -1,14 +1,14 @@
-"""v8g_epochs.py: train by epochs, in each of which every window of the text comes once.
+"""v8g_epochs.py: train by epochs; each of them uses every window of the text once.
 
-Until now, each batch was drawn at random. After as many windows as the text has, about 63% of them
-have been seen, and the others not: a window is missed with probability (1 - 1/n)^n, about 1/e. Over
-a large text, that makes no difference. A small text is better used in epochs: cut it into windows
-that don't overlap, shuffle them, go through all of them, and shuffle again.
+Until now, each batch was drawn at random. If a text has n windows, and n are drawn, each of its
+tokens is missed with a probability of about (1 - 1/n)^n, or 1/e: about 63% have been seen. A text
+that is too large to be read even once needs no more. A small one is better used in epochs: cut it
+into windows that don't overlap, shuffle them, go through all of them, and shuffle again.
 
     one epoch = ceil(windows / batch_size) steps; the last batch has the windows that are left
 
---subset trains on that many of the windows, the same ones in each epoch, to see what more text is
-worth. The tokens after the last whole window, fewer than block_size, are left out.
+To see what more text is worth, --subset trains on only that many windows, the same in each epoch.
+The tokens after the last whole window, fewer than block_size, are left out.
 
 New here: choose_windows, epoch_batches, --epochs in place of --max_iters and --eval_interval, and
           --subset. The loss is estimated before the first epoch and after each.
@@ -127,7 +127,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids; [0], which is <unk>, for spaces and line breaks alone."""
+        """Text to token ids; [0], GPT-1's <unk>, for a text of only spaces and line breaks."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -428,7 +428,7 @@ def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
     if cfg.subset == 0:
         return starts
     if cfg.subset > n_windows:
-        why = f"the text has only {n_windows:,} windows; leave it out to train on all of them"
+        why = f"the text has only {n_windows:,} windows; leave --subset out to train on all"
         raise data.InputError(f"--subset {cfg.subset}: {why}")
     return np.random.default_rng(cfg.seed).choice(starts, cfg.subset, replace=False)  # (subset,)
 
@@ -450,7 +450,7 @@ def train_step(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray,
     windows: np.ndarray, step: int, n_steps: int, cfg: Config,
 ) -> None:
-    """Move the weights a little, so that the loss on the windows that begin there, (B,), falls."""
+    """Move the weights a little, so that the loss on the windows with these starts, (B,), falls."""
     # The dropout of a step depends only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_windows(tokens, windows, cfg.block_size, "cpu")  # (B, T) each
@@ -551,7 +551,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, and the checkpoint and the released model that the run starts from."""
+    """Return the settings, the checkpoint and the released model; {} if it doesn't start there."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -565,8 +565,8 @@ def main(argv: list[str] | None = None) -> None:
         cfg, saved, released = read_settings(argv)
         torch.manual_seed(cfg.seed)
 
-        text = token_files.load_characters(cfg)  # "" with GPT-2's tokens
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
+        text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
