@@ -552,7 +552,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop()  # ", 12,345 tokens/s", or "" at first
+                speed = stopwatch.stop() + answers.sampling_speed()
                 train_loss = estimate_loss(model, train_data, cfg)
                 if not math.isfinite(train_loss):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -264,6 +265,23 @@ def test_shares_and_styles():
     replies = ["2", "1+2=4 4", "2+2=4 4"]
     assert tasks.share_wrong(asked, replies) == pytest.approx(1 / 3)
     assert tasks.describe_style(replies) == "worked out 66.7%, 5.0 characters"
+
+
+def test_the_log_has_the_speed_of_training_and_of_sampling(jsonl, tmp_path, capsys):
+    run(tmp_path / "run", *flags_of(jsonl))
+    lines = re.findall(r"^step .*", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"wrong [\d.]+, [\d,]+ tokens/s, sampling [\d,]+ tokens/s$", lines[-1])
+
+
+def test_the_speed_of_sampling_is_that_since_the_last_call(monkeypatch):
+    clock = iter([10.0, 12.0])
+    monkeypatch.setattr(answers.time, "perf_counter", lambda: next(clock))
+    answers.sampling_speed()
+    cfg = tiny(v12b, block_size=9)
+    replies = answers.complete(make_model(block_size=9), [[1, 2, 3]] * 400, -1, cfg)
+    assert [len(reply) for reply in replies] == [6] * 400
+    assert answers.sampling_speed() == ", sampling 1,200 tokens/s"
+    assert answers.sampling_speed() == ""
 
 
 def test_a_run_needs_no_folder(monkeypatch, capsys):
