@@ -55,7 +55,7 @@ class Config:
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
-    max_iters: int = setting("training steps, the first sft_iters included", 1200)
+    max_iters: int = setting("training steps, the first sft_iters included", 1300)
     eval_interval: int = setting("steps between loss estimates", 100, least=1)
     eval_iters: int = setting("batches in a loss estimate", 25, least=1)
     seed: int = setting("random seed", 1337)
@@ -439,8 +439,8 @@ def make_optimizer(model: LanguageModel, cfg: Config) -> torch.optim.AdamW:
 
 def learning_rate_at(step: int, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
-    if step >= cfg.sft_iters:  # reinforcement: a short warm-up, then always the same
-        return cfg.rl_learning_rate * min(1, (step - cfg.sft_iters + 1) / 10)
+    if step >= cfg.sft_iters:  # reinforcement: a straight line to 0
+        return cfg.rl_learning_rate * (cfg.max_iters - step) / (cfg.max_iters - cfg.sft_iters)
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
     progress = (step - cfg.warmup_iters) / max(1, cfg.sft_iters - cfg.warmup_iters)  # 0 to 1

@@ -54,7 +54,7 @@ class Config:
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
-    learning_rate: float = setting("learning rate", 1e-4, least=1e-9, below=1)
+    learning_rate: float = setting("learning rate", 5e-5, least=1e-9, below=1)
     max_iters: int = setting("training steps", 100)
     eval_interval: int = setting("steps between loss estimates", 25, least=1)
     eval_iters: int = setting("batches in a loss estimate", 4, least=1)
