@@ -161,6 +161,12 @@ def test_an_answer_ends_with_its_token_or_with_the_context():
     assert refused_input(answers.complete, Fixed(), [[1] * 8], 9, cfg).startswith("--block_size 8:")
 
 
+def test_a_batch_ends_when_each_of_its_texts_has_ended():
+    said = [[4, 9], [9, 4], [5, 5]]  # 9 is the end: of the second text, then of the first
+    tokens = [torch.tensor(step)[:, None] for step in said]
+    assert len(list(answers.until_end(iter(tokens), 9))) == 2
+
+
 def test_a_model_that_is_training_still_is_after_it_has_answered():
     model = make_model(block_size=20).train()
     v12a.answer(model, [talk("a", "")], TOKENIZER, tiny(v12a, block_size=20))
