@@ -13,12 +13,12 @@ group-relative policy optimisation (Shao et al. 2024, section 4.1) with one upda
 rewards working a sum out; it wins because it's right more often. With several updates per batch,
 the answers no longer come from the model that learns, so the ratio of the two probabilities is
 clipped (Schulman et al. 2017). A reward that can be cheated needs a penalty for leaving a reference
-model. Neither is the case here. Dividing the advantage by its standard deviation, as the paper
-does, gives most weight to questions that are nearly always or nearly never answered.
+model. Neither is the case here. The paper also divides the advantage by the standard deviation.
 
 New here: advantages_of, grpo_step, and the settings from --sft_iters on.
-Run it:   python part8_assistant/v12b_grpo.py                 fine-tunes first, unless --base RUN
-Expect:   EXPECT
+Run it:   python part8_assistant/v12b_grpo.py
+          python part8_assistant/v12b_grpo.py --base out/sums   # a run of v12a --task sums
+Expect:   from about 45% right answers to unseen sums, after step 1000, to more than 95%.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12b_grpo.py
 """
 
