@@ -14,10 +14,10 @@ for leaving the reference (section 4 and appendix A.1 of the paper). It falls if
 becomes more likely, but also if both become less likely and the worse one faster. A small beta
 allows much of that. So look at the gains in the log, and not at the loss alone.
 
-New here: gains_of, preference_loss, draw_pairs, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12a_sft.py --task sums --out_dir out/sums
+New here: draw_pairs, Preference, and the settings beta and n_questions.
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1000 --out_dir out/sums   # only fine-tunes
           python part8_assistant/v12c_dpo.py --base out/sums
-Expect:   EXPECT
+Expect:   80 to 90% right answers to unseen sums, from about half; with --beta 0.1, less, and falling.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
