@@ -168,7 +168,7 @@ def reinforce(
     cfg: Config,
 ) -> list[tuple[int, float, float, float]]:
     """Continue a fine-tuned model; return (step, right, worked out, characters) of estimates."""
-    own = replace(cfg, temperature=1.0)
+    own = replace(cfg, temperature=1.0, max_iters=cfg.sft_iters + cfg.steps)
     optimizer = v12b_grpo.make_optimizer(model, own)
     originals = v12b_grpo.advantages_of, v12b_grpo.update, batches.pad
     v12b_grpo.advantages_of = advantages_for(variant)

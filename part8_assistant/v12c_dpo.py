@@ -3,7 +3,7 @@
 Often, nobody can say whether an answer is right, but people can say which of two is better. Direct
 preference optimisation (Rafailov et al. 2023) learns from such pairs as from examples, without
 drawing answers during training. Here, the pairs are two answers of a fine-tuned model to the same
-question, one right and one wrong, which the checker of v12b tells apart. That model, the reference,
+question, one right and one wrong, as the checker in data/tasks.py finds. That model, the reference,
 stays as it is. With it, an answer's gain is how much more likely it has become:
 
     gain(answer) = ln p(answer) - ln p(answer by the reference)
@@ -14,10 +14,11 @@ for leaving the reference (section 4 and appendix A.1 of the paper). It falls if
 becomes more likely, but also if both become less likely and the worse one faster. A small beta
 allows much of that. So look at the gains in the log, and not at the loss alone.
 
-New here: gains_of, preference_loss, draw_pairs, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12a_sft.py --task sums --out_dir out/sums
+New here: draw_pairs, Preference, and the settings beta and n_questions.
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1000 --out_dir out/sums  # fine-tuning
           python part8_assistant/v12c_dpo.py --base out/sums
-Expect:   EXPECT
+Expect:   from about half right answers to unseen sums to between 80% and 92%. With --beta 0.1
+          --learning_rate 1e-4, more at first, then fewer, while the loss goes on falling.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
@@ -54,7 +55,7 @@ class Config:
     n_head: int = setting("attention heads in a layer", gpu=6, cpu=4, least=1)
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
-    learning_rate: float = setting("learning rate", 1e-4, least=1e-9, below=1)
+    learning_rate: float = setting("learning rate", 5e-5, least=1e-9, below=1)
     max_iters: int = setting("training steps", 100)
     eval_interval: int = setting("steps between loss estimates", 25, least=1)
     eval_iters: int = setting("batches in a loss estimate", 4, least=1)

@@ -1,11 +1,14 @@
 """Answers to many questions at once."""
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
 import data
+
+SPENT = {"tokens": 0, "seconds": 0.0}  # by complete, since sampling_speed was last called
 
 
 def complete(model: torch.nn.Module, prompts: list[list[int]], end: int, cfg: Any) -> list:
@@ -16,6 +19,7 @@ def complete(model: torch.nn.Module, prompts: list[list[int]], end: int, cfg: An
     prompt that leaves no room.
     """
     model.eval()  # switches off dropout, if the model has any
+    started = time.perf_counter()
     replies = [[] for _ in prompts]
     for rows in group_by_length(prompts):
         idx = torch.tensor([prompts[row] for row in rows], device=cfg.device)  # (B, T)
@@ -29,7 +33,16 @@ def complete(model: torch.nn.Module, prompts: list[list[int]], end: int, cfg: An
             n = reply.index(end) + 1 if end in reply else len(reply)
             replies[row] = reply[:n]
     model.train()
+    SPENT["tokens"] += sum(len(reply) for reply in replies)
+    SPENT["seconds"] += time.perf_counter() - started
     return replies
+
+
+def sampling_speed() -> str:
+    """How fast complete was since the last call, as ", sampling 12,345 tokens/s", or ""."""
+    tokens, seconds = SPENT["tokens"], SPENT["seconds"]
+    SPENT.update(tokens=0, seconds=0.0)
+    return f", sampling {tokens / seconds:,.0f} tokens/s" if tokens else ""
 
 
 def until_end(tokens: Iterator[torch.Tensor], end: int) -> Iterator[torch.Tensor]:
