@@ -133,7 +133,7 @@ def reinforce(monkeypatch, reward, steps=25):
     """The share of answers that begin with "a", before and after rewarding by reward(answer)."""
     cfg = tiny(
         v12b, block_size=9, batch_size=32, n_answers=8, sft_iters=0, rl_learning_rate=1e-2,
-        temperature=1.0, weight_decay=0.0,
+        temperature=1.0, weight_decay=0.0, max_iters=2 * steps,
     )  # fmt: skip
     torch.manual_seed(1)
     model = v12b.LanguageModel(cfg, TOKENIZER.n_vocab)
