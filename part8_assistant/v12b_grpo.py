@@ -55,7 +55,7 @@ class Config:
     n_layer: int = setting("number of blocks", gpu=6, cpu=3, least=1, most=1000)
     dropout: float = setting("probability of dropping an activation", gpu=0.2, cpu=0.0, below=1)
     learning_rate: float = setting("learning rate", gpu=1e-3, cpu=3e-3, least=1e-9, below=1)
-    max_iters: int = setting("training steps, the first sft_iters included", 1300)
+    max_iters: int = setting("training steps, the first sft_iters included", 1800)
     eval_interval: int = setting("steps between loss estimates", 100, least=1)
     eval_iters: int = setting("batches in a loss estimate", 25, least=1)
     seed: int = setting("random seed", 1337)
@@ -78,7 +78,7 @@ class Config:
     conversations: str = setting("file of conversations, one in JSON on each line", "")
     base: str = setting("folder of a run of v12a, instead of supervised fine-tuning", "")
     ask: str = setting("a question to answer, instead of test questions", "")
-    sft_iters: int = setting("steps of supervised fine-tuning, before reinforcement", 1000)
+    sft_iters: int = setting("steps of supervised fine-tuning, before reinforcement", 1500)
     n_answers: int = setting("answers to a question, which are compared", 8, least=2)
     rl_learning_rate: float = setting("learning rate of reinforcement", 1e-4, least=1e-9, below=1)
 
