@@ -15,7 +15,7 @@ becomes more likely, but also if both become less likely and the worse one faste
 allows much of that. So look at the gains in the log, and not at the loss alone.
 
 New here: draw_pairs, Preference, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12b_grpo.py --max_iters 1000 --out_dir out/sums  # fine-tuning
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # fine-tuning
           python part8_assistant/v12c_dpo.py --base out/sums
 Expect:   from about half right answers to unseen sums to between 80% and 92%. With --beta 0.1
           --learning_rate 1e-4, more at first, then fewer, while the loss goes on falling.
