@@ -32,7 +32,7 @@ def test_commands_have_flags_that_exist(command):
     written_out = re.sub(r"\$(\w+)", lambda match: SHORT[match[1]], command.split("#")[0])
     name, *flags = shlex.split(written_out)
     program = importlib.import_module(name.removesuffix(".py").replace("/", "."))
-    without_settings = ("lab/ladder.py", "lab/propagate.py", "lab/results.py")
+    without_settings = ("lab/ladder.py", "lab/positions.py", "lab/propagate.py", "lab/results.py")
     if name in without_settings or flags == ["--help"]:
         return
     data.read_flags(program.Config, "", ["--device", "cpu", *flags])
