@@ -47,7 +47,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -251,7 +251,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -259,7 +259,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -268,7 +268,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)

@@ -49,7 +49,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=8, least=1)
@@ -221,7 +221,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
+        # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1
         )
@@ -348,7 +348,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -356,7 +356,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -365,7 +365,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
@@ -566,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # both keep their own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

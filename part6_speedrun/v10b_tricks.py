@@ -5,8 +5,8 @@ many small changes. These are for a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
 - zero_init: layers that add to x start at zero, so at first each block changes nothing. The last
-  layer starts at zero, too, so at first all characters are equally likely. It learns in the first
-  step, and the others from the second on.
+  layer starts at zero, too, so at first all characters are equally likely. It learns from the
+  first step on, and the layers that add to x from the second.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
 - smear: a gate decides how much of the previous character's embedding is added.
@@ -14,12 +14,14 @@ many small changes. These are for a small model on characters:
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
 
---no-bigrams, for example, switches one of them off. Two more changes have no switch: other
-weights start as PyTorch initialises them, and weight decay is for the blocks' matrices alone.
+--no-bigrams, for example, switches one of them off. Two more changes have no switch: what
+doesn't start at zero starts as PyTorch initialises it, and weight decay is for the blocks' matrices
+alone.
 
 New here: the eight switches, and those two changes.
 Run it:   python part6_speedrun/v10b_tricks.py
-Expect:   a validation loss of about 1.54, where v10a_muon.py has 1.51: the changes pay off in v10c.
+Expect:   a validation loss of about 1.54; v10a_muon.py has 1.51. With the settings of v10c, the
+          changes pay off (part6_speedrun/README.md).
 Diff:     git diff --no-index part6_speedrun/v10a_muon.py part6_speedrun/v10b_tricks.py
 """
 
@@ -46,7 +48,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -128,7 +130,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -234,7 +236,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
+        # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -312,7 +314,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # All others start with PyTorch's own initial weights.
+        # These start at zero, all others with PyTorch's initial weights.
         for name, parameter in self.named_parameters():
             adds_to_x = "projection" in name or "bigram" in name
             if cfg.zero_init and (adds_to_x or "lm_head" in name):
@@ -320,7 +322,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The id of the token before each one. The first in a window has none, and gets the id 0.
+        # The token before idx; 0 if there is none.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -399,7 +401,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -407,7 +409,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -416,7 +418,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
@@ -501,10 +503,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    no_decay = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
+    inputs = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": no_decay, "weight_decay": 0.0},
+        {"params": inputs, "weight_decay": 0.0},
         {"params": [model.lm_head.weight], "weight_decay": 0.0, "is_head": True},
         {"params": vectors, "weight_decay": 0.0},
     ]

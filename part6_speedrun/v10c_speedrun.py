@@ -1,10 +1,10 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
-A schedule in steps has to know how fast the machine is. With --minutes, the clock takes the place
-of the steps: progress is the fraction of the time that has passed, so the learning rate reaches
-zero when the time ends, on a laptop as well as on a server. More time pays off best in a larger
-model, so the defaults for the sizes, the learning rate and so on then come from BUDGETS. Trials on
-two CPU cores have found them.
+To end on time, a schedule in steps has to know how fast the machine is. With --minutes, the clock
+takes the place of the steps: progress is the fraction of the time that has passed, so the learning
+rate reaches zero when the time ends, on a laptop as well as on a server. More time pays off best in
+a larger model, so with --minutes, the sizes, the learning rate and other defaults come from
+BUDGETS. They were found by trials on two CPU cores.
 
 The time includes training and its loss estimates, nothing else. A run by the clock isn't
 reproducible to the bit, because no two runs get equally far. Its checkpoints say how many seconds
@@ -50,7 +50,7 @@ LONGEST = {
     **SHORT, "batch_size": 3, "n_embd": 384, "n_head": 6, "n_kv_head": 6, "learning_rate": 5e-3,
     "eval_interval": 2000, "eval_iters": 73,
 }
-BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # minimum minutes, in ascending order: settings
+BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # by the minutes from which they apply, in order
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -142,7 +142,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -248,7 +248,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
+        # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -326,7 +326,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # All others start with PyTorch's own initial weights.
+        # These start at zero, all others with PyTorch's initial weights.
         for name, parameter in self.named_parameters():
             adds_to_x = "projection" in name or "bigram" in name
             if cfg.zero_init and (adds_to_x or "lm_head" in name):
@@ -334,7 +334,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The id of the token before each one. The first in a window has none, and gets the id 0.
+        # The token before idx; 0 if there is none.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -413,7 +413,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -421,7 +421,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -430,7 +430,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
@@ -515,10 +515,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    no_decay = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
+    inputs = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": no_decay, "weight_decay": 0.0},
+        {"params": inputs, "weight_decay": 0.0},
         {"params": [model.lm_head.weight], "weight_decay": 0.0, "is_head": True},
         {"params": vectors, "weight_decay": 0.0},
     ]
@@ -527,7 +527,7 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """How much of a run's steps is done or, with --minutes, of its time if that is more: 0 to 1.
+    """The share of a run's steps that is done; with --minutes, that of its time if it is larger.
 
     seconds: how long the run has taken so far.
     """
@@ -543,7 +543,7 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    # The cosine counts from the start of the run: how long the warm-up takes isn't known before.
+    # The cosine counts from the start: by the clock, nobody knows how long the warm-up will take.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 

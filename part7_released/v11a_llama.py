@@ -5,18 +5,18 @@ Llama 3, Qwen2 and Qwen3 are v9d with a few more settings:
 - head_size: a head may be wider than n_embd / n_head.
 - intermediate_size: the hidden width of the feed-forward network.
 - qkv_bias: Qwen2 has biases for queries, keys and values.
-- qk_norm: Qwen3 normalises each query and key before the rotation. In large models, that keeps the
-  scores small, whose growth may otherwise end in divergence (Dehghani et al. 2023, section 2).
-- tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. That
-  saves a large part of a small model.
+- qk_norm: Qwen3 normalises each query and key before the rotation. In large models, the scores may
+  otherwise grow until the training diverges (Dehghani et al. 2023, section 2).
+- tie_word_embeddings: one matrix serves as token embedding and output layer, as in GPT-2. In a
+  small model, that saves a large part of the parameters.
 - rope_theta: the base of the frequencies, which was 10,000. A larger one makes rotations slower, as
   long contexts need.
 - rope_factor: Llama 3.1 was first trained with a context of original_max_position_embeddings
-  tokens. To extend it, slow frequencies are divided by rope_factor: those that make at most
-  rope_low_freq_factor turns in that context. Those that make at least rope_high_freq_factor turns
-  stay as they are, and in between, the change is gradual.
-- rms_norm_eps: the number that RMSNorm adds. Its x may now be bfloat16 (queries and keys, and with
-  released weights everything), so it computes the mean in float32.
+  tokens. To extend it, a frequency that makes at most rope_low_freq_factor turns in so many tokens
+  is divided by rope_factor. One that makes at least rope_high_freq_factor turns stays as it is, and
+  in between, the change is gradual.
+- rms_norm_eps: the number that RMSNorm adds. The x of RMSNorm may now be bfloat16 (with qk_norm,
+  queries and keys; with released weights, everything), so the mean is computed in float32.
 
 New here: these settings, and head_size_of.
 Run it:   python part7_released/v11a_llama.py
@@ -48,7 +48,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -91,7 +91,7 @@ class Config:
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
     rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
     rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
+    original_max_position_embeddings: int = setting("context for counting turns", 8192, least=1)
 
 
 SIZES = [  # a run that is resumed must keep these, because the model depends on them
@@ -251,7 +251,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
+        # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, dropout_p=dropout_p, is_causal=T > 1, enable_gqa=True
@@ -384,7 +384,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -392,7 +392,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -401,7 +401,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)

@@ -70,7 +70,7 @@ class Config:
 
     A setting has one default, or one for GPUs and one for the CPU. In shape comments, B is the
     number of windows in a batch, T the number of tokens in a window, and V the size of the
-    vocabulary; () is a single number, and (B, T) each is the shape of every tensor on the left.
+    vocabulary; "()" is a single number, and "(B, T) each" the shape of every tensor on the left.
     """
 
     batch_size: int = setting("windows in a batch", gpu=64, cpu=24, least=1)
@@ -113,7 +113,7 @@ class Config:
     rope_factor: float = setting("divides slow frequencies; 1 is off", 1.0, least=1)
     rope_low_freq_factor: float = setting("a frequency with fewer turns is low", 1.0, least=1e-9)
     rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
-    original_max_position_embeddings: int = setting("context in which turns count", 8192, least=1)
+    original_max_position_embeddings: int = setting("context for counting turns", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
     init_from: str = setting("start from this folder or repository", "")
     export: str = setting("folder to write the best weights to", "")
@@ -313,7 +313,7 @@ class MultiHeadAttention(nn.Module):
         # scaled_dot_product_attention is a function, not a module, so model.eval() doesn't switch
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
-        # With is_causal, query 0 only sees key 0. A single new query would be query 0; it sees all.
+        # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         # Several new queries after old keys need a mask: each sees all the old keys, and the new
         # ones up to its own.
         n_keys = key.shape[2]
@@ -454,7 +454,7 @@ def apply_top_k(logits: torch.Tensor, k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
-    """Keep the most likely tokens, as few as reach probability p; set other logits to -inf.
+    """Keep the most likely tokens until their probabilities reach p; set other logits to -inf.
 
     logits: float (B, V), as is the result.
     """
@@ -462,7 +462,7 @@ def apply_top_p(logits: torch.Tensor, p: float) -> torch.Tensor:
     # Drop tokens, the least likely first, while their probabilities add up to at most 1 - p.
     drop_sorted = ascending.softmax(dim=1).cumsum(dim=1) <= 1 - p  # (B, V)
     drop_sorted[:, -1] = False  # the most likely token stays, whatever p is
-    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), by token id
+    drop = torch.zeros_like(drop_sorted).scatter(1, order, drop_sorted)  # (B, V), in order of ids
     return logits.masked_fill(drop, -math.inf)  # (B, V)
 
 
@@ -471,7 +471,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
     Raises data.InputError if the largest logit isn't a finite number.
     """
-    if not logits.amax(dim=1).isfinite().all():
+    if not logits.amax(dim=1).isfinite().all():  # amax is NaN if any logit is
         raise data.InputError("the logits are not finite numbers; the weights may be damaged")
     if cfg.repetition_penalty != 1:
         logits = apply_repetition_penalty(logits, idx, cfg.repetition_penalty)  # (B, V)
@@ -663,13 +663,13 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if not released:
         return LanguageModel(cfg, n_vocab).to(cfg.device)
     dtype = model_files.DTYPES[cfg.dtype] if cfg.sample_only else torch.float32
-    with torch.device("meta"):  # no memory, no random numbers; to_empty then gives it memory
+    with torch.device("meta"):  # tensors without memory or values; to_empty gives them memory
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
-    if cfg.tie_word_embeddings:  # to_empty made two matrices of the one
+    if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
     own = weights_as_released(model)
     for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # it shares its memory with the model's parameter
+        own[name].copy_(weight)  # own[name] shares its memory with the model's parameter
     return model.to(cfg.device)
 
 
@@ -738,7 +738,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # a run keeps its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
