@@ -6,6 +6,7 @@ Templates, special tokens and messages are tested in test_chat.py.
 import json
 import os
 import re
+import select
 import subprocess
 import sys
 import time
@@ -363,24 +364,35 @@ def test_ctrl_c_stops_an_answer_and_ctrl_d_ends_the_program(folder):
     os.close(theirs)
     seen = ""
 
-    def wait_for(text: str) -> None:
+    def read() -> None:
+        nonlocal seen
+        if select.select([own], [], [], 2)[0]:  # it has something to say
+            seen += os.read(own, 4096).decode("utf-8", "replace")
+
+    def wait_for(text: str, key: bytes = b"") -> None:
+        """Read until the text comes. key: pressed again as long as nothing happens."""
         nonlocal seen
         begin = time.monotonic()
         while text not in seen:
             assert time.monotonic() < begin + 60, seen
-            seen += os.read(own, 4096).decode("utf-8", "replace")
+            before = seen
+            read()
+            if seen == before and key:
+                os.write(own, key)
         seen = seen.partition(text)[2]
 
     wait_for("> ")
     os.write(own, b"The fox?\n")
     wait_for("?")  # the echo
+    begin = time.monotonic()
     while len(seen) < 30:
-        seen += os.read(own, 4096).decode("utf-8", "replace")
+        assert time.monotonic() < begin + 60, seen
+        read()
     os.write(own, b"\x03")
-    wait_for("[stopped]")
+    wait_for("[stopped]", b"\x03")
     wait_for("> ")
     os.write(own, b"half a line\x03")
-    wait_for("> ")
+    wait_for("> ", b"\x03")
     os.write(own, b"\x04")
     assert program.wait(timeout=60) == 0
     os.close(own)
