@@ -312,13 +312,23 @@ def prepare_input(is_typed: bool) -> None:
             sys.stdin.reconfigure(encoding="utf-8-sig")
 
 
+def read_input(prompt: str) -> str:
+    """What input returns; raises what a signal raised, also where readline notices it late."""
+    try:
+        return input(prompt)
+    except SystemError as error:
+        if isinstance(error.__cause__, KeyboardInterrupt):
+            raise error.__cause__ from None
+        raise
+
+
 def read_line(prompt: str) -> str | None:
     """The next line without spaces around it, "" if Ctrl-C discards it, and None at the end.
 
     Raises InputError if it isn't UTF-8.
     """
     try:
-        return input(prompt).strip()
+        return read_input(prompt).strip()
     except UnicodeDecodeError as error:
         raise InputError(f"the message: not text in UTF-8 ({error.reason})") from None
     except (EOFError, RuntimeError):  # without a standard input, there is nothing to read

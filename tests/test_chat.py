@@ -432,3 +432,16 @@ def test_a_chat_model_with_a_plain_prompt_gets_a_notice(tmp_path, capsys, place)
         assert "v11d_chat.py" in notice
     for other in (Plain("<|im_start|>user\nHello!"), Plain("\n"), Plain(init_from="")):
         assert notice_about(tmp_path, other, capsys) == ""
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_ctrl_c_discards_a_line_also_where_readline_notices_it_late(monkeypatch, capsys, late):
+    def interrupted(prompt):
+        if late:
+            raise SystemError("returned a result with an exception set") from KeyboardInterrupt()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("builtins.input", interrupted)
+    assert chat.read_line("> ") == ""
+    with pytest.raises(KeyboardInterrupt):
+        chat.read_line("")
