@@ -18,6 +18,8 @@ os.environ["OMP_NUM_THREADS"] = "1"  # the same for the programs that tests star
 # In the background of a shell, Ctrl-C is ignored, and so it would be in the programs that tests
 # start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP"):  # which nohup ignores
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 OUT = tempfile.TemporaryDirectory()
 
