@@ -102,8 +102,7 @@ class ChatTokenizer(data.CharTokenizer):
 def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
-    batches.pad then shifts the targets by one. cross_entropy leaves -100 out of its mean, which is
-    over all the other targets of a batch.
+    batches.pad shifts the targets by one. The mean of cross_entropy leaves out those that are -100.
     """
     tokens, targets = [], []
     for message in conversation:
@@ -405,6 +404,7 @@ def choose_token(logits: torch.Tensor, idx: torch.Tensor, cfg: Config) -> torch.
 
 def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Config) -> list[str]:
     """Answer the last question of each conversation, without showing the model the answer to it."""
+    torch.manual_seed(cfg.seed)  # so that answers differ only if the weights do
     prompts = []
     for chat in chats:
         tokens, _ = encode(chat[:-1], tokenizer)

@@ -104,8 +104,7 @@ class ChatTokenizer(data.CharTokenizer):
 def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
-    batches.pad then shifts the targets by one. cross_entropy leaves -100 out of its mean, which is
-    over all the other targets of a batch.
+    batches.pad shifts the targets by one. The mean of cross_entropy leaves out those that are -100.
     """
     tokens, targets = [], []
     for message in conversation:
@@ -547,7 +546,7 @@ def train(
     model: LanguageModel, train_data: np.ndarray, lessons: list, test: list,
     tokenizer: ChatTokenizer, cfg: Config, run: runs.Run,
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the loss in nats and the share of wrong answers at each estimate.
+    """Train the model; return {step: (train loss, share of wrong answers)} of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """

@@ -104,8 +104,7 @@ class ChatTokenizer(data.CharTokenizer):
 def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], list[int]]:
     """The token ids of a conversation, and the same ids as targets, -100 where nothing is learned.
 
-    batches.pad then shifts the targets by one. cross_entropy leaves -100 out of its mean, which is
-    over all the other targets of a batch.
+    batches.pad shifts the targets by one. The mean of cross_entropy leaves out those that are -100.
     """
     tokens, targets = [], []
     for message in conversation:
@@ -442,7 +441,8 @@ class Preference(nn.ModuleList):
             logits, _ = model(x.flatten(0, 1))  # (2 * B, T, V)
             logits = logits.transpose(1, 2)  # (2 * B, V, T)
             losses = F.cross_entropy(logits, y.flatten(0, 1), reduction="none")  # (2 * B, T)
-            log_p.append(-losses.sum(dim=1).view(-1, 2))
+            sums = -losses.sum(dim=1).view(-1, 2)  # (B, 2), one for each answer of a pair
+            log_p.append(sums)
         gains = log_p[0] - log_p[1]  # (B, 2)
         self.gains = gains.detach().mean(dim=0)  # (2,), for the log
         margins = gains[:, 0] - gains[:, 1]  # (B,)
@@ -535,7 +535,7 @@ def train(
     model: LanguageModel, preference: Preference, pairs: np.ndarray, test: list,
     tokenizer: ChatTokenizer, cfg: Config, run: runs.Run,
 ) -> dict[int, tuple[float, float]]:
-    """Train the model; return the loss and the share of wrong answers at each step estimated.
+    """Train the model; return {step: (train loss, share of wrong answers)} of each estimate.
 
     Raises data.InputError if a loss is no longer finite.
     """
