@@ -34,6 +34,7 @@ from tqdm import tqdm
 import data
 from data import setting, token_files
 from support import batches, checkpoints, hardware, runs, terminal
+from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 # The sizes of the released models (Radford et al. 2019).
@@ -449,9 +450,7 @@ def train(
     """
     hardware.keep_freed_memory()
     optimizer = make_optimizer(model, cfg)
-    if cfg.warmup_iters > cfg.max_iters / 2:
-        why = f"more than half of --max_iters {cfg.max_iters}; give a smaller number"
-        print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
+    warn_of_long_warmup(cfg.warmup_iters, cfg.max_iters)
     # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)

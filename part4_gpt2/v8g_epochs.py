@@ -37,6 +37,7 @@ from tqdm import tqdm
 import data
 from data import setting, token_files
 from support import batches, checkpoints, gpt1_files, hardware, llama_files, runs, terminal
+from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 # The sizes of the released model (Radford et al. 2018).
@@ -502,9 +503,7 @@ def train(
     windows = choose_windows(train_data, cfg)
     n_batches = math.ceil(len(windows) / cfg.batch_size)  # in an epoch
     n_steps = cfg.epochs * n_batches
-    if cfg.warmup_iters > n_steps / 2:
-        why = f"more than half of the {n_steps} steps; give a smaller number"
-        print(f"notice: --warmup_iters {cfg.warmup_iters}: {why}", file=sys.stderr)
+    warn_of_long_warmup(cfg.warmup_iters, n_steps)
     # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)

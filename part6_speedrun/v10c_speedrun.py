@@ -33,6 +33,7 @@ from tqdm import tqdm
 import data
 from data import setting
 from support import batches, checkpoints, hardware, runs, terminal
+from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 # The settings of runs by the clock, the best that trials on two CPU cores found. Their max_iters
@@ -615,6 +616,7 @@ def train(
     """
     hardware.keep_freed_memory()
     optimizers = make_optimizers(model, cfg)
+    warn_of_long_warmup(cfg.warmup_iters, cfg.max_iters)
     # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)
@@ -624,8 +626,7 @@ def train(
         for step in count(first_step):  # the last round only estimates the loss
             seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
-            if step > 0:
-                bar.total = round(step / progress)  # with --minutes, an estimate
+            bar.total = round(step / progress) if progress > 0 else cfg.max_iters
             if step % cfg.eval_interval == 0 or progress == 1:
                 speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)

@@ -89,6 +89,7 @@ COURSE = {
         "parent": "v6b_fast",
         "lesson": "train by the recipe of real runs: warm-up, decay, clipping",
         "adds": [
+            "from support.notices",
             "Config.weight_decay",
             "Config.warmup_iters",
             "make_optimizer",

@@ -186,7 +186,7 @@ def test_a_warm_up_that_takes_most_of_a_run_is_noticed(
     splits, capsys, empty_steps, warmup_iters, max_iters
 ):
     sizes = {"warmup_iters": warmup_iters, "max_iters": max_iters}
-    why = f"more than half of --max_iters {max_iters}; give a smaller number"
+    why = f"more than half of the {max_iters} steps; give a smaller number"
     expected = [f"notice: --warmup_iters {warmup_iters}: {why}"]
     assert notices_of_training(splits, capsys, **sizes) == expected
 
@@ -214,4 +214,4 @@ def test_a_run_with_the_recipe_ends_with_a_sample(corpus, capsys):
     assert [line.split(":")[0] for line in lines[:3]] == ["step 0", "step 2", "step 3"]
     assert lines[3].startswith("The ")
     assert len(lines[3]) == 4 + 7 + 1
-    assert "\nnotice: --warmup_iters 100: more than half of --max_iters 3;" in err
+    assert "\nnotice: --warmup_iters 100: more than half of the 3 steps;" in err
