@@ -559,7 +559,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     if cfg.init_from:
         model_files.refuse_conflicts(cfg)
         released = gpt2_files.read_config(gpt2_files.find_folder(cfg.init_from))
-        defaults = {**released, **FINE_TUNING}
+        defaults = released | FINE_TUNING
         cfg = data.read_flags(Config, __doc__, argv, defaults)
         gpt2_files.check_sizes(cfg, released)
     else:
@@ -572,7 +572,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     return replace(cfg, dtype=choose_dtype(cfg)), saved, released
 
 
-def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights_by_released_name(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model with the names and shapes of the released files; no copies."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -588,7 +588,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     """Return a new model or a released one; raises data.InputError if its weights don't fit."""
     model = LanguageModel(cfg, n_vocab)
     if released:
-        own = weights_as_released(model)
+        own = weights_by_released_name(model)
         for name, weight in gpt2_files.read_weights(released["folder"], own):
             own[name].copy_(weight)  # own[name] shares its memory with the model's parameter
     return model.to(cfg.device)
@@ -625,7 +625,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
-            gpt2_files.write_model(cfg, weights_as_released(model), tokenizer)
+            gpt2_files.write_model(cfg, weights_by_released_name(model), tokenizer)
 
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()

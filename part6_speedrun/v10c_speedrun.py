@@ -1,19 +1,20 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
-To end on time, a schedule in steps has to know how fast the machine is. With --minutes, the clock
-takes the place of the steps: progress is the fraction of the time that has passed, so the learning
-rate reaches zero when the time ends, on a laptop as well as on a server. More time pays off best in
-a larger model, so with --minutes, the sizes, the learning rate and other defaults come from
-BUDGETS. They were found by trials on two CPU cores.
+How long a number of steps takes depends on the machine. With --minutes, the clock takes the place
+of the steps: progress is the fraction of the time that has passed, so the learning rate reaches
+zero when the time ends, on a laptop as well as on a server. How large a model should be depends on
+the time, too, so with --minutes, the sizes, the learning rate and other defaults come from BUDGETS.
+They were found by trials on two CPU cores.
 
-The time includes training and its loss estimates, nothing else. A run by the clock isn't
-reproducible to the bit, because no two runs get equally far. Its checkpoints say how many seconds
-it has trained, so that --resume goes on where it stopped.
+The clock runs while the model trains and while its loss is estimated, except for the last estimate,
+which comes when the time is over. A run by the clock isn't reproducible to the bit, because no two
+runs get equally far. Its checkpoints say how many seconds it has trained, so that --resume goes on
+where it stopped.
 
 New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55 in the time that v5_gpt.py takes to
-          reach 1.68.
+Expect:   on two CPU cores, a validation loss of about 1.55, already with --minutes 1.59. v5_gpt.py
+          takes about as long to reach 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -327,15 +328,15 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # These start at zero, all others with PyTorch's initial weights.
-        for name, parameter in self.named_parameters():
-            adds_to_x = "projection" in name or "bigram" in name
-            if cfg.zero_init and (adds_to_x or "lm_head" in name):
-                nn.init.zeros_(parameter)
+        # All other weights keep the values that PyTorch gives them.
+        if cfg.zero_init:
+            for name, parameter in self.named_parameters():
+                if "projection" in name or "bigram" in name or "lm_head" in name:
+                    nn.init.zeros_(parameter)
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before idx; 0 if there is none.
+        # The token before idx. A text that begins with idx has none, and token 0 takes its place.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -347,7 +348,7 @@ class LanguageModel(nn.Module):
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         if self.cfg.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:])  # (B, T, n_embd)
-        if self.cfg.smear:
+        if self.cfg.smear:  # normalised in any case, so that only the gate decides how much
             before = F.rms_norm(self.token_embedding(previous), x.shape[-1:])  # (B, T, n_embd)
             x = x + self.smear_gate(x).tanh() * before  # (B, T, n_embd)
         return x
@@ -516,10 +517,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
     """Muon for the matrices of the blocks, AdamW (Loshchilov and Hutter 2019) for the rest."""
     matrices = [p for p in model.blocks.parameters() if p.ndim == 2]
     muon = Muon(matrices, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    inputs = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
+    embeddings = [p for n, p in model.named_parameters() if "embedding" in n or "smear" in n]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [
-        {"params": inputs, "weight_decay": 0.0},
+        {"params": embeddings, "weight_decay": 0.0},  # and the gate of smear
         {"params": [model.lm_head.weight], "weight_decay": 0.0, "is_head": True},
         {"params": vectors, "weight_decay": 0.0},
     ]
@@ -528,9 +529,9 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """The share of a run's steps that is done; with --minutes, that of its time if it is larger.
+    """How much of the run is done, 0 to 1: of its steps or, with --minutes, of its time.
 
-    seconds: how long the run has taken so far.
+    seconds: how long the run has taken so far. Of the two shares, the larger one counts.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
@@ -544,7 +545,8 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    # The cosine counts from the start: by the clock, nobody knows how long the warm-up will take.
+    # progress is measured from the start of the run, not from the end of the warm-up: by the clock,
+    # nobody knows beforehand when that will be.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -626,7 +628,7 @@ def train(
         for step in count(first_step):  # the last round only estimates the loss
             seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
-            bar.total = round(step / progress) if progress > 0 else cfg.max_iters
+            bar.total = round(step / progress) if step > 0 else None  # estimated with --minutes
             if step % cfg.eval_interval == 0 or progress == 1:
                 speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)

@@ -7,14 +7,14 @@ LLAMA_NAMES says where each tensor goes (lm_head is called that in the files, to
 
 With --init_from and --sample_only, weights and cache have the dtype of the files (or of --dtype):
 bfloat16 for most models, which takes half as much memory as float32. The weights are copied one by
-one, so that memory never holds all of them twice. Training converts them to float32, because
-bfloat16 would lose its small steps.
+one, so that memory never holds all of them twice. Training converts them to float32: numbers in
+bfloat16 are too far apart for most of its steps, which would change nothing.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
 from a released model (--init_from, also with --sample_only). read_settings returns that model as a
 dict: its settings, under our names, its tokenizer and its folder.
 
-New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_as_released and make_model.
+New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_by_released_name and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
 Run it:   python part7_released/v11c_llama_weights.py --init_from HuggingFaceTB/SmolLM2-135M
           python part7_released/v11c_llama_weights.py --init_from Qwen/Qwen3-0.6B --sample_only
@@ -46,8 +46,7 @@ from support.stopwatch import Stopwatch
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
-    "norm_1": "input_layernorm",
-    "norm_2": "post_attention_layernorm",
+    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm",
     "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
     "attention.query": "self_attn.q_proj",
@@ -202,10 +201,10 @@ def head_size_of(cfg: Config) -> int:
 class KVCache:
     """The keys and values of the last block_size tokens that one layer has processed."""
 
-    def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
+    def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
-        self.keys = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
-        self.values = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
+        self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
+        self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -417,7 +416,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, cfg: Config) -> Iterator[torch.Tensor]:
         """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
-        caches = [KVCache(cfg, len(idx), self.lm_head.weight) for _ in self.blocks]
+        caches = [KVCache(cfg, len(idx), like=self.lm_head.weight) for _ in self.blocks]
         for _ in range(max_new_tokens):
             # The model is trained on block_size positions, so older tokens drop out of view.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
@@ -628,13 +627,14 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.refuse_conflicts(cfg)
     model_files.check_export(cfg.export)
     released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
-    cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
+    defaults = released | FINE_TUNING  # flags may change all of them except SIZES
+    cfg = data.read_flags(Config, __doc__, argv, defaults, fixed=SIZES)
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
     return replace(cfg, dtype=choose_dtype(cfg)), {}, released
 
 
-def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights_by_released_name(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model by their names in the released files; no copies."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -653,9 +653,9 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
-    own = weights_as_released(model)
-    for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # own[name] shares its memory with the model's parameter
+    ours = weights_by_released_name(model)  # they share their memory with the model's parameters
+    for name, weight in llama_files.read_weights(released["folder"], ours):
+        ours[name].copy_(weight)
     return model.to(cfg.device)
 
 
@@ -666,7 +666,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both come with their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -689,7 +689,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
-            llama_files.write_model(cfg, released, weights_as_released(model), tokenizer)
+            llama_files.write_model(cfg, released, weights_by_released_name(model), tokenizer)
 
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()

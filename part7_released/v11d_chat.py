@@ -45,8 +45,7 @@ from support.stopwatch import Stopwatch
 LLAMA_NAMES = {
     "token_embedding": "model.embed_tokens",
     "blocks": "model.layers",
-    "norm_1": "input_layernorm",
-    "norm_2": "post_attention_layernorm",
+    "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm",
     "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
     "attention.query": "self_attn.q_proj",
@@ -204,10 +203,10 @@ def head_size_of(cfg: Config) -> int:
 class KVCache:
     """The keys and values of the last block_size tokens that one layer has processed."""
 
-    def __init__(self, cfg: Config, batch_size: int, weight: torch.Tensor) -> None:
+    def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
-        self.keys = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
-        self.values = weight.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
+        self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
+        self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -427,7 +426,7 @@ class LanguageModel(nn.Module):
     @torch.no_grad()
     def stream(self, idx: torch.Tensor, max_new_tokens: int, cfg: Config) -> Iterator[torch.Tensor]:
         """Continue idx, int64 (B, T): yield each token, int64 (B, 1), as soon as it is chosen."""
-        caches = [KVCache(cfg, len(idx), self.lm_head.weight) for _ in self.blocks]
+        caches = [KVCache(cfg, len(idx), like=self.lm_head.weight) for _ in self.blocks]
         for _ in range(max_new_tokens):
             # The model is trained on block_size positions, so older tokens drop out of view.
             context = idx[:, -self.block_size :]  # (B, min(T, block_size))
@@ -640,14 +639,15 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
     released.update(chat.read_defaults(released, cfg.system))
     released["sample_only"] = True  # unless --no-sample_only says otherwise
-    cfg = data.read_flags(Config, __doc__, argv, {**released, **FINE_TUNING}, fixed=SIZES)
+    defaults = released | FINE_TUNING  # flags may change all of them except SIZES
+    cfg = data.read_flags(Config, __doc__, argv, defaults, fixed=SIZES)
     model_files.refuse_conflicts(cfg)  # again, because sample_only may be true now
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
     return replace(cfg, dtype=choose_dtype(cfg)), {}, released
 
 
-def weights_as_released(model: LanguageModel) -> dict[str, torch.Tensor]:
+def weights_by_released_name(model: LanguageModel) -> dict[str, torch.Tensor]:
     """The weights of a model by their names in the released files; no copies."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -666,9 +666,9 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
-    own = weights_as_released(model)
-    for name, weight in llama_files.read_weights(released["folder"], own):
-        own[name].copy_(weight)  # own[name] shares its memory with the model's parameter
+    ours = weights_by_released_name(model)  # they share their memory with the model's parameters
+    for name, weight in llama_files.read_weights(released["folder"], ours):
+        ours[name].copy_(weight)
     return model.to(cfg.device)
 
 
@@ -686,7 +686,7 @@ class Conversation:
     def __init__(self, model: LanguageModel, tokenizer: chat.ChatTokenizer, cfg: Config) -> None:
         self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
         self.messages = chat.system_message(cfg.system)  # each has a role and its content
-        self.caches = [KVCache(cfg, 1, model.lm_head.weight) for _ in model.blocks]
+        self.caches = [KVCache(cfg, 1, like=model.lm_head.weight) for _ in model.blocks]
         self.ids = []  # the tokens in the caches
 
     @torch.no_grad()
@@ -737,7 +737,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both come with their own
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
@@ -760,7 +760,7 @@ def main(argv: list[str] | None = None) -> None:
             checkpoints.load_weights(model, saved)
             print(f"sampling with the weights after step {saved['step']}", file=sys.stderr)
         if cfg.export:
-            llama_files.write_model(cfg, released, weights_as_released(model), tokenizer)
+            llama_files.write_model(cfg, released, weights_by_released_name(model), tokenizer)
 
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
         model.eval()

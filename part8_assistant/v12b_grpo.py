@@ -36,7 +36,6 @@ from tqdm import tqdm
 import data
 from data import setting, tasks
 from support import answers, batches, checkpoints, hardware, runs
-from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 
@@ -553,7 +552,6 @@ def train(
     """
     hardware.keep_freed_memory()
     optimizer = make_optimizer(model, cfg)
-    warn_of_long_warmup(cfg.warmup_iters, cfg.sft_iters)
     # Only for training: loss estimates are in eval mode, which would need a second compilation.
     compiled_model = compile_model(model, cfg)
     stopwatch = Stopwatch(cfg.device)

@@ -45,7 +45,7 @@ def read_settings(
         model_files.refuse_conflicts(cfg)
         folder = gpt2_files.find_folder(cfg.init_from, "openai-gpt")
         released = gpt2_files.read_config(folder, "openai-gpt")
-        cfg = read_flags(config_class, lesson, argv, {**released, **FINE_TUNING})
+        cfg = read_flags(config_class, lesson, argv, released | FINE_TUNING)
         gpt2_files.check_sizes(cfg, released)
     else:
         cfg, saved = runs.read_settings(config_class, lesson, argv, fixed)
@@ -53,7 +53,7 @@ def read_settings(
     return cfg, saved, released
 
 
-def weights_as_released(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def weights_by_released_name(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """The weights of a model with the names and shapes of the released files; no copies."""
     weights = {}
     for name, parameter in model.named_parameters():
@@ -67,11 +67,11 @@ def weights_as_released(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def load_weights(model: torch.nn.Module, folder: Path) -> None:
     """Copy the weights in a folder into a model; raises data.InputError if they don't fit."""
-    own = weights_as_released(model)
+    own = weights_by_released_name(model)
     for name, weight in gpt2_files.read_weights(folder, own):
         own[name].copy_(weight)  # changes the model, whose numbers own shares
 
 
 def write_model(cfg: Any, model: torch.nn.Module, tokenizer: Any) -> None:
     """Write a model and its tokens to cfg.export; raises data.InputError if that fails."""
-    gpt2_files.write_model(cfg, weights_as_released(model), tokenizer, "openai-gpt")
+    gpt2_files.write_model(cfg, weights_by_released_name(model), tokenizer, "openai-gpt")

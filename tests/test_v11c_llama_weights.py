@@ -353,7 +353,7 @@ def test_released_models_have_as_many_parameters(tmp_path, config, n_parameters)
     with torch.device("meta"):
         model = v11c.LanguageModel(cfg, config["vocab_size"])
     assert sum(p.numel() for p in model.parameters()) == n_parameters
-    weights = v11c.weights_as_released(model)
+    weights = v11c.weights_by_released_name(model)
     assert sum(weight.numel() for weight in weights.values()) == n_parameters
 
 
@@ -366,7 +366,7 @@ def test_released_weights_are_the_parameters_themselves(kind, tied, tmp_path):
     theirs = make_reference(kind, tie_word_embeddings=tied)
     save(theirs, tmp_path)
     model = load(tmp_path)
-    weights = v11c.weights_as_released(model)
+    weights = v11c.weights_by_released_name(model)
     shapes = {name: parameter.shape for name, parameter in theirs.named_parameters()}
     assert {name: weight.shape for name, weight in weights.items()} == shapes
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
