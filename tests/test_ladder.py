@@ -467,6 +467,7 @@ COURSE = {
     "v12b_grpo": {
         "parent": "v12a_sft",
         "lesson": "learn from one's own answers, and from nothing but whether they are right",
+        "replaces": ["from support.notices"],
         "adds": [
             "Config.sft_iters",
             "Config.n_answers",
