@@ -1,14 +1,14 @@
 """v10b_tricks.py: the small changes behind the speed records, each with a switch.
 
 The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-nanogpt) combine
-many small changes. These are for a small model on characters:
+many small changes. The ones below suit a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
-- zero_init: layers that add to x start at zero, so at first each block changes nothing. The last
-  layer starts at zero, too, so at first all characters are equally likely.
+- zero_init: the projections of the blocks and the embeddings of pairs start at zero, so at first
+  they add nothing. The last layer does, too, so at first all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
-- smear: a gate decides how much of the previous character's embedding is added.
+- smear: the normalised embedding of the previous character is added, times a gate, -1 to 1.
 - value_embeddings: each block mixes an embedding of the character into its values.
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
@@ -130,7 +130,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -314,7 +314,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # All other weights keep the values that PyTorch gives them.
+        # Weights that aren't set to zero here keep the values that PyTorch gives them.
         if cfg.zero_init:
             for name, parameter in self.named_parameters():
                 if "projection" in name or "bigram" in name or "lm_head" in name:
@@ -322,7 +322,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before idx. A text that begins with idx has none, and token 0 takes its place.
+        # The token before idx. Without caches it isn't known, so token 0 takes its place.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -334,7 +334,7 @@ class LanguageModel(nn.Module):
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         if self.cfg.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:])  # (B, T, n_embd)
-        if self.cfg.smear:  # normalised in any case, so that only the gate decides how much
+        if self.cfg.smear:
             before = F.rms_norm(self.token_embedding(previous), x.shape[-1:])  # (B, T, n_embd)
             x = x + self.smear_gate(x).tanh() * before  # (B, T, n_embd)
         return x

@@ -1,20 +1,20 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
-How long a number of steps takes depends on the machine. With --minutes, the clock takes the place
-of the steps: progress is the fraction of the time that has passed, so the learning rate reaches
-zero when the time ends, on a laptop as well as on a server. How large a model should be depends on
-the time, too, so with --minutes, the sizes, the learning rate and other defaults come from BUDGETS.
-They were found by trials on two CPU cores.
+The same steps take longer on one machine than on another. With --minutes, the clock takes their
+place: progress is the fraction of the time that has passed, so the learning rate reaches zero when
+the time ends, on a laptop as well as on a server. How large a model should be depends on the time,
+too, so with --minutes, the sizes, the learning rate and other defaults come from BUDGETS. They were
+found by trials on two CPU cores.
 
 The clock runs while the model trains and while its loss is estimated, except for the last estimate,
-which comes when the time is over. A run by the clock isn't reproducible to the bit, because no two
-runs get equally far. Its checkpoints say how many seconds it has trained, so that --resume goes on
-where it stopped.
+which comes when the time is over. A run by the clock can't be repeated exactly, because no two runs
+get equally far. Its checkpoints say how many seconds it has trained, so that --resume goes on where
+it stopped.
 
-New here: BUDGETS, progress_at, read_settings, and seconds beside the steps in train.
+New here: BUDGETS, progress_at, read_settings. train counts seconds as well as steps.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55, already with --minutes 1.59. v5_gpt.py
-          takes about as long to reach 1.68.
+Expect:   on two CPU cores, a validation loss of about 1.55 (measured with --minutes 1.59, the time
+          in which v5_gpt.py reaches 1.68).
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -38,7 +38,8 @@ from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 # The settings of runs by the clock, the best that trials on two CPU cores found. Their max_iters
-# is more than the time allows, and their loss estimates cover the whole validation split.
+# is more than the time allows, and their loss estimates cover 112,000 tokens: all that shakespeare
+# has for validation.
 SHORT = {
     "batch_size": 2, "block_size": 512, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "n_layer": 4,
     "learning_rate": 8e-3, "weight_decay": 0.05, "warmup_iters": 50, "max_iters": 10_000_000,
@@ -144,7 +145,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,) for embed
+        self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Add T keys and values, float (B, n_kv_head, T, head_size) each; return all that are kept.
@@ -328,7 +329,7 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # All other weights keep the values that PyTorch gives them.
+        # Weights that aren't set to zero here keep the values that PyTorch gives them.
         if cfg.zero_init:
             for name, parameter in self.named_parameters():
                 if "projection" in name or "bigram" in name or "lm_head" in name:
@@ -336,7 +337,7 @@ class LanguageModel(nn.Module):
 
     def embed(self, idx: torch.Tensor, caches: list[KVCache] | None) -> torch.Tensor:
         """What the first block gets, float (B, T, n_embd), for token ids, int64 (B, T)."""
-        # The token before idx. A text that begins with idx has none, and token 0 takes its place.
+        # The token before idx. Without caches it isn't known, so token 0 takes its place.
         last_token = torch.zeros_like(idx[:, 0])  # (B,)
         if caches is not None:  # the first block's cache keeps it from one call to the next
             last_token = caches[0].last_token  # (B,)
@@ -348,7 +349,7 @@ class LanguageModel(nn.Module):
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         if self.cfg.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:])  # (B, T, n_embd)
-        if self.cfg.smear:  # normalised in any case, so that only the gate decides how much
+        if self.cfg.smear:
             before = F.rms_norm(self.token_embedding(previous), x.shape[-1:])  # (B, T, n_embd)
             x = x + self.smear_gate(x).tanh() * before  # (B, T, n_embd)
         return x
@@ -529,9 +530,10 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 
 
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
-    """How much of the run is done, 0 to 1: of its steps or, with --minutes, of its time.
+    """The fraction of a run that is done, 0 to 1.
 
-    seconds: how long the run has taken so far. Of the two shares, the larger one counts.
+    seconds: how long the run has taken so far. With --minutes, the run ends when its time is used
+    up, or its steps, so the larger of the two fractions counts.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
@@ -628,7 +630,7 @@ def train(
         for step in count(first_step):  # the last round only estimates the loss
             seconds = time.perf_counter() - started
             progress = progress_at(step, seconds, cfg)
-            bar.total = round(step / progress) if step > 0 else None  # estimated with --minutes
+            bar.total = round(step / progress) if step > 0 else None  # at the speed so far
             if step % cfg.eval_interval == 0 or progress == 1:
                 speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
                 train_loss = estimate_loss(model, train_data, cfg)

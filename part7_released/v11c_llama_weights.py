@@ -5,10 +5,10 @@ config.json; support/llama_files.py translates their names, and refuses a model 
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
 LLAMA_NAMES says where each tensor goes (lm_head is called that in the files, too).
 
-With --init_from and --sample_only, weights and cache have the dtype of the files (or of --dtype):
-bfloat16 for most models, which takes half as much memory as float32. The weights are copied one by
-one, so that memory never holds all of them twice. Training converts them to float32: numbers in
-bfloat16 are too far apart for most of its steps, which would change nothing.
+If --init_from and --sample_only are given together, weights and cache have the dtype of the files,
+unless --dtype names another. Mostly that is bfloat16, which takes half as much memory as float32.
+The weights are copied one by one, so that memory never holds all of them twice. Training converts
+them to float32: in bfloat16, most of its small changes would be rounded away.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
 from a released model (--init_from, also with --sample_only). read_settings returns that model as a
@@ -49,8 +49,7 @@ LLAMA_NAMES = {
     "norm_1": "input_layernorm", "norm_2": "post_attention_layernorm",
     "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
-    "attention.query": "self_attn.q_proj",
-    "attention.key": "self_attn.k_proj",
+    "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
     "attention.value": "self_attn.v_proj",
     "attention.projection": "self_attn.o_proj",
     "feed_forward.gate": "mlp.gate_proj",
@@ -424,7 +423,7 @@ class LanguageModel(nn.Module):
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1)
+            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1); not in bfloat16
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
             yield next_token
 
@@ -622,13 +621,14 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     cfg = data.read_flags(Config, __doc__, argv)  # only to see how the run starts
     if not cfg.init_from:
         cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
-        model_files.check_export(cfg.export)
+        model_files.check_export(cfg.export)  # now, not after hours of training
         return replace(cfg, dtype=choose_dtype(cfg)), saved, {}
     model_files.refuse_conflicts(cfg)
     model_files.check_export(cfg.export)
-    released = llama_files.read_config(llama_files.find_folder(cfg.init_from))
-    defaults = released | FINE_TUNING  # flags may change all of them except SIZES
-    cfg = data.read_flags(Config, __doc__, argv, defaults, fixed=SIZES)
+    folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
+    released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
+    # Flags may change all of these, except SIZES.
+    cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
     return replace(cfg, dtype=choose_dtype(cfg)), {}, released
@@ -653,9 +653,9 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
         model = LanguageModel(cfg, n_vocab).to(dtype).to_empty(device="cpu")
     if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
-    ours = weights_by_released_name(model)  # they share their memory with the model's parameters
-    for name, weight in llama_files.read_weights(released["folder"], ours):
-        ours[name].copy_(weight)
+    parameters = weights_by_released_name(model)  # they share their memory with the model's
+    for name, weight in llama_files.read_weights(released["folder"], parameters):
+        parameters[name].copy_(weight)
     return model.to(cfg.device)
 
 
