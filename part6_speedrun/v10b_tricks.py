@@ -8,7 +8,8 @@ many small changes. The ones below suit a small model on characters:
   they add nothing. The last layer does, too, so at first all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
-- smear: the normalised embedding of the previous character is added, times a gate, -1 to 1.
+- smear: the normalised embedding of the previous character is added, times a number from -1 to 1,
+  which a gate computes.
 - value_embeddings: each block mixes an embedding of the character into its values.
 - slow_head: the last layer learns at a fifth of the rate.
 - relu_squared: relu(x) ** 2 takes the place of SwiGLU, and needs no gate.
@@ -82,7 +83,7 @@ class Config:
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     qk_norm: bool = setting("normalise queries and keys, without weights", True)
-    zero_init: bool = setting("start layers that add to x, and the last, at zero", True)
+    zero_init: bool = setting("let projections, pairs and the last layer start at 0", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -130,6 +131,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
+        # The token before the next one, for LanguageModel.embed; 0 at first, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -314,7 +316,6 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # Weights that aren't set to zero here keep the values that PyTorch gives them.
         if cfg.zero_init:
             for name, parameter in self.named_parameters():
                 if "projection" in name or "bigram" in name or "lm_head" in name:
@@ -330,7 +331,7 @@ class LanguageModel(nn.Module):
         previous = torch.cat((last_token[:, None], idx[:, :-1]), dim=1)  # (B, T)
         x = self.token_embedding(idx)  # (B, T, n_embd)
         if self.cfg.bigrams:
-            pairs = previous * self.token_embedding.num_embeddings + idx  # (B, T)
+            pairs = previous * self.token_embedding.num_embeddings + idx  # (B, T), below V * V
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         if self.cfg.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:])  # (B, T, n_embd)

@@ -13,8 +13,8 @@ it stopped.
 
 New here: BUDGETS, progress_at, read_settings. train counts seconds as well as steps.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55 (measured with --minutes 1.59, the time
-          in which v5_gpt.py reaches 1.68).
+Expect:   on two CPU cores, a validation loss of about 1.55. That was measured in 95 seconds, with
+          --minutes 1.59; v5_gpt.py reaches 1.68 in them.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -53,7 +53,7 @@ LONGEST = {
     **SHORT, "batch_size": 3, "n_embd": 384, "n_head": 6, "n_kv_head": 6, "learning_rate": 5e-3,
     "eval_interval": 2000, "eval_iters": 73,
 }
-BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # by the minutes from which they apply, in order
+BUDGETS = {0: SHORT, 5: LONG, 18: LONGEST}  # {least minutes: settings}, ascending
 
 
 @dataclass
@@ -96,7 +96,7 @@ class Config:
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     qk_norm: bool = setting("normalise queries and keys, without weights", True)
-    zero_init: bool = setting("start layers that add to x, and the last, at zero", True)
+    zero_init: bool = setting("let projections, pairs and the last layer start at 0", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -145,6 +145,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
+        # The token before the next one, for LanguageModel.embed; 0 at first, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -329,7 +330,6 @@ class LanguageModel(nn.Module):
             kv_size = self.head_size * cfg.n_kv_head
             embeddings = [nn.Embedding(vocab_size, kv_size) for _ in self.blocks]
             self.value_embeddings = nn.ModuleList(embeddings)  # (V, kv_size) each
-        # Weights that aren't set to zero here keep the values that PyTorch gives them.
         if cfg.zero_init:
             for name, parameter in self.named_parameters():
                 if "projection" in name or "bigram" in name or "lm_head" in name:
@@ -345,7 +345,7 @@ class LanguageModel(nn.Module):
         previous = torch.cat((last_token[:, None], idx[:, :-1]), dim=1)  # (B, T)
         x = self.token_embedding(idx)  # (B, T, n_embd)
         if self.cfg.bigrams:
-            pairs = previous * self.token_embedding.num_embeddings + idx  # (B, T)
+            pairs = previous * self.token_embedding.num_embeddings + idx  # (B, T), below V * V
             x = x + self.bigram_embedding(pairs)  # (B, T, n_embd)
         if self.cfg.embedding_norm:
             x = F.rms_norm(x, x.shape[-1:])  # (B, T, n_embd)
@@ -532,8 +532,8 @@ def make_optimizers(model: LanguageModel, cfg: Config) -> list[torch.optim.Optim
 def progress_at(step: int, seconds: float, cfg: Config) -> float:
     """The fraction of a run that is done, 0 to 1.
 
-    seconds: how long the run has taken so far. With --minutes, the run ends when its time is used
-    up, or its steps, so the larger of the two fractions counts.
+    seconds: how long the run has taken so far. With --minutes, the run ends when its time or its
+    steps are used up, so the larger of those two fractions counts.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0
@@ -547,8 +547,8 @@ def learning_rate_at(step: int, progress: float, cfg: Config) -> float:
     """The learning rate of a step: linear warm-up, then a cosine (Loshchilov and Hutter 2017)."""
     if step < cfg.warmup_iters:
         return cfg.learning_rate * (step + 1) / cfg.warmup_iters
-    # progress is measured from the start of the run, not from the end of the warm-up: by the clock,
-    # nobody knows beforehand when that will be.
+    # progress counts from the start of the run, not from the end of the warm-up: with --minutes,
+    # nobody knows beforehand how long the warm-up will take.
     return cfg.learning_rate * (1 + math.cos(math.pi * progress)) / 2
 
 
@@ -608,7 +608,7 @@ def restore(
     muon, adamw = optimizers
     checkpoints.load_averages(muon, run.saved, "muon")
     checkpoints.load_averages(adamw, run.saved, "adamw")
-    return run.saved["step"], run.saved.get("seconds", 0.0)  # v10b saves none
+    return run.saved["step"], run.saved.get("seconds", 0.0)  # a run that v10b started has none
 
 
 def train(
@@ -660,7 +660,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict]:
         return cfg, saved
     for least_minutes, settings in BUDGETS.items():
         if cfg.minutes >= least_minutes:
-            budget = settings
+            budget = settings  # the last one that applies stays
     # Read the flags again, with these defaults.
     return data.read_flags(Config, __doc__, argv, budget), saved
 

@@ -3,7 +3,7 @@
 A released model has the architecture of v11a and the tokenizer of v11b. Its settings are in
 config.json; support/llama_files.py translates their names, and refuses a model that needs more than
 v11a has. The weights are in model.safetensors or, for larger models, in several such files.
-LLAMA_NAMES says where each tensor goes (lm_head is called that in the files, too).
+LLAMA_NAMES says where each tensor goes (lm_head has the same name in the files).
 
 If --init_from and --sample_only are given together, weights and cache have the dtype of the files,
 unless --dtype names another. Mostly that is bfloat16, which takes half as much memory as float32.
@@ -423,7 +423,7 @@ class LanguageModel(nn.Module):
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1); not in bfloat16
+            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1), chosen in float32
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
             yield next_token
 
@@ -627,7 +627,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    # Flags may change all of these, except SIZES.
+    # These are the defaults now. Flags may change them, except SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
@@ -666,7 +666,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # both come with their own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both hold a tokenizer
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

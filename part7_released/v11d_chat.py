@@ -433,7 +433,7 @@ class LanguageModel(nn.Module):
                 context = idx[:, -1:]  # (B, 1); the caches have the tokens before it
             logits, _ = self(context, caches=caches)  # (B, context.shape[1], V)
             # Only the last position predicts a token that isn't there yet.
-            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1); not in bfloat16
+            next_token = choose_token(logits[:, -1].float(), idx, cfg)  # (B, 1), chosen in float32
             idx = torch.cat((idx, next_token), dim=1)  # (B, T + 1)
             yield next_token
 
@@ -639,7 +639,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
     released.update(chat.read_defaults(released, cfg.system))
     released["sample_only"] = True  # unless --no-sample_only says otherwise
-    # Flags may change all of these, except SIZES.
+    # These are the defaults now. Flags may change them, except SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     model_files.refuse_conflicts(cfg)  # again, because sample_only may be true now
     if cfg.sample_only and cfg.dtype == "auto":
@@ -737,7 +737,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # both come with their own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both hold a tokenizer
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
