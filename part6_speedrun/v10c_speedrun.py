@@ -13,8 +13,8 @@ it stopped.
 
 New here: BUDGETS, progress_at, read_settings. train counts seconds as well as steps.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55. That was measured in 95 seconds, with
-          --minutes 1.59; v5_gpt.py reaches 1.68 in them.
+Expect:   on two CPU cores, a validation loss of about 1.55, already with --minutes 1.6. v5_gpt.py
+          takes as long to reach 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 

@@ -20,7 +20,8 @@ COMMANDS = sorted(set(COMMAND.findall("\n".join([*DOCS.values(), *LESSONS.values
 SHORT = dict(re.findall(r"`\$(\w+)` stands for `([^`]+)`", "\n".join(DOCS.values())))
 LINK = r"\[(\w+)\.py\]\([\w/]*\1\.py\)"
 ROW = re.compile(  # script, parent, idea, changed lines, loss, minutes
-    rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+|–) \| [\d.]+ \|$", re.MULTILINE
+    rf"^\| {LINK} \| ([\w–]+) \| ([^|]+) \| ([\d–]+) \| ([\d.]+|–)(?: \([\d.]+\))? \| [\d.]+ \|$",
+    re.MULTILINE,
 )
 COURSE = {}
 for script, _, idea, changed, loss in ROW.findall(README):

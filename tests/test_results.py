@@ -289,7 +289,7 @@ def has(page: str, figure: str, script: str) -> bool:
 
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_the_readme_and_the_lesson_have_the_losses_of_the_right_script(script):
-    row = rf"^\| \[{script}\.py\].* ([\d.]+|–) \| [\d.]+ \|$"
+    row = rf"^\| \[{script}\.py\].* ([\d.]+|–)(?: \([\d.]+\))? \| [\d.]+ \|$"
     [loss] = re.findall(row, PAGES["README.md"], re.M)
     assert loss == "–" or has("README.md", loss, script)
     page = path_of(script).as_posix()
