@@ -7,7 +7,7 @@ What GPT-2 (Radford et al. 2019) does differently from v8b:
 - One matrix is both the token embedding and the output layer (Press and Wolf 2017): tokens that are
   used alike should be similar in both. With 50,257 tokens, that saves many parameters.
 - Projections start with smaller weights, 1 / sqrt(2 * n_layer) times as large. Each block adds the
-  outputs of two to x, so otherwise the sum would grow with the depth (section 2.3 of the paper).
+  outputs of two projections to x, which would grow with the depth otherwise (section 2.3).
 - Biases for queries, keys and values, none for the output layer; dropout on the embeddings.
 
 New here: --preset, whose sizes are defaults that any flag can change; and the changes above.

@@ -5,8 +5,8 @@ the sum after each addition, as the first transformer did (Vaswani et al. 2017):
 
     GPT-1:  x = norm(x + attention(x))          GPT-2:  x = x + attention(norm(x))
 
-So a LayerNorm stands in the way of every residual connection, and none is needed after the last
-block. All matrices start equally small, because the sum can't grow with the depth.
+So each sum goes through a LayerNorm, and no other one is needed after the last block. All matrices
+start equally small, because the sum can't grow with the depth.
 
 GPT-1 has 40,478 tokens, merged from characters, not from bytes. Its text is in lower case and has
 no line breaks. A character that was never seen becomes <unk>, and capitals don't come back. Without
@@ -16,8 +16,8 @@ New here: Block.forward, GPT1Tokenizer, --preset gpt1, and a tokenizer.json as -
           --init_from and --export are as in v8d; their code is in support/gpt1_files.py.
 Run it:   python part4_gpt2/v8f_gpt1.py
           python part4_gpt2/v8f_gpt1.py --init_from openai-gpt --sample_only --prompt "life is"
-Expect:   with --tokenizer char, 2.12 nats per character; v8c_gpt2.py reaches 2.10. Exported models
-          and their tokens are those of transformers.
+Expect:   with --tokenizer char, 2.12 nats per character; v8c_gpt2.py reaches 2.10. The library
+          transformers gives the same logits and tokens for a model that is exported.
 Diff:     git diff --no-index part4_gpt2/v8c_gpt2.py part4_gpt2/v8f_gpt1.py
 """
 
@@ -121,7 +121,7 @@ class GPT1Tokenizer:
     name = "file"
 
     def __init__(self, content: dict) -> None:
-        """content: what llama_files.read_tokenizer returns; a checkpoint keeps it."""
+        """content: a tokenizer.json and what follows from it, as a checkpoint keeps them."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -521,7 +521,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, the checkpoint and the released model; {} if it doesn't start there."""
+    """Return the settings, the checkpoint and the released model; {} for what isn't used."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -536,7 +536,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

@@ -1,20 +1,20 @@
 """v8g_epochs.py: train by epochs; each of them uses every window of the text once.
 
-Until now, each batch was drawn at random. If a text has n windows, and n are drawn, each of its
-tokens is missed with a probability of about (1 - 1/n)^n, or 1/e: about 63% have been seen. A text
-that is too large to be read even once needs no more. A small one is better used in epochs: cut it
-into windows that don't overlap, shuffle them, go through all of them, and shuffle again.
+Until now, each batch was drawn at random. If a text has n windows, and n are drawn, a token is
+missed with a probability of about (1 - 1/n)^n, which is about 1/e or 37%. For a text that is too
+large to be read even once, that doesn't matter. A small one is better used in epochs: cut it into
+windows that don't overlap, shuffle them, go through all of them, and shuffle again.
 
     one epoch = ceil(windows / batch_size) steps; the last batch has the windows that are left
 
-To see what more text is worth, --subset trains on only that many windows, the same in each epoch.
+To see what more text is worth, --subset N trains on only N windows, the same in each epoch.
 The tokens after the last whole window, fewer than block_size, are left out.
 
 New here: choose_windows, epoch_batches, --epochs in place of --max_iters and --eval_interval, and
           --subset. The loss is estimated before the first epoch and after each.
 Run it:   python part4_gpt2/v8g_epochs.py
           python part4_gpt2/v8g_epochs.py --epochs 3 --subset 1000
-          python part4_gpt2/v8g_epochs.py --data wikitext2-train.txt --val_data wikitext2-valid.txt
+          python part4_gpt2/v8g_epochs.py --data my_text.txt --val_data my_other_text.txt
 Expect:   with --tokenizer char --subset 8000, 2.11 nats per character; v8f_gpt1.py reaches 2.12
           with as many random windows.
 Diff:     git diff --no-index part4_gpt2/v8f_gpt1.py part4_gpt2/v8g_epochs.py
@@ -89,7 +89,8 @@ class Config:
     export: str = setting("folder to write the best weights to", "")
 
 
-SIZES = [  # a run that is resumed must keep these
+# A run that is resumed must keep these. The first two say how many steps an epoch has.
+SIZES = [
     "batch_size", "subset", "tokenizer", "preset", "block_size", "n_embd", "n_head", "n_layer",
 ]
 
@@ -120,7 +121,7 @@ class GPT1Tokenizer:
     name = "file"
 
     def __init__(self, content: dict) -> None:
-        """content: what llama_files.read_tokenizer returns; a checkpoint keeps it."""
+        """content: a tokenizer.json and what follows from it, as a checkpoint keeps them."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -420,7 +421,7 @@ def learning_rate_at(step: int, n_steps: int, cfg: Config) -> float:
 
 
 def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
-    """Return where the windows to train on begin, int (n,): side by side, or --subset of those.
+    """Return the starts of the windows to train on, int (n,): all, or --subset of them.
 
     Raises data.InputError if the text has fewer windows than --subset.
     """
@@ -434,12 +435,12 @@ def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
     return np.random.default_rng(cfg.seed).choice(starts, cfg.subset, replace=False)  # (subset,)
 
 
-def epoch_batches(windows: np.ndarray, epoch: int, first: int, cfg: Config) -> Iterator[np.ndarray]:
-    """Shuffle the windows, and yield them in batches, int (B,), with a progress bar.
+def epoch_batches(starts: np.ndarray, epoch: int, first: int, cfg: Config) -> Iterator[np.ndarray]:
+    """Shuffle the starts of windows, and yield them in batches, int (B,), with a progress bar.
 
     The order follows from the seed and the epoch. first: the number of the batch to begin with.
     """
-    order = np.random.default_rng([cfg.seed, epoch]).permutation(windows)  # (n,)
+    order = np.random.default_rng([cfg.seed, epoch]).permutation(starts)  # (n,)
     begins = range(0, len(order), cfg.batch_size)
     with tqdm(total=len(begins), initial=first, desc=f"epoch {epoch + 1} of {cfg.epochs}") as bar:
         for begin in begins[first:]:
@@ -449,12 +450,12 @@ def epoch_batches(windows: np.ndarray, epoch: int, first: int, cfg: Config) -> I
 
 def train_step(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray,
-    windows: np.ndarray, step: int, n_steps: int, cfg: Config,
+    starts: np.ndarray, step: int, n_steps: int, cfg: Config,
 ) -> None:
-    """Move the weights a little, so that the loss on the windows with these starts, (B,), falls."""
+    """Move the weights a little, so that the loss on windows falls. starts: theirs, int (B,)."""
     # The dropout of a step depends only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
-    x, y = data.get_windows(tokens, windows, cfg.block_size, "cpu")  # (B, T) each
+    x, y = data.get_windows(tokens, starts, cfg.block_size, "cpu")  # (B, T) each
     x, y = hardware.to_device([x, y], cfg.device)  # (B, T) each
     with autocast(cfg):
         _, loss = model(x, y)  # ()
@@ -500,8 +501,8 @@ def train(
     """
     hardware.keep_freed_memory()
     optimizer = make_optimizer(model, cfg)
-    windows = choose_windows(train_data, cfg)
-    n_batches = math.ceil(len(windows) / cfg.batch_size)  # in an epoch
+    starts = choose_windows(train_data, cfg)
+    n_batches = math.ceil(len(starts) / cfg.batch_size)  # in an epoch
     n_steps = cfg.epochs * n_batches
     warn_of_long_warmup(cfg.warmup_iters, n_steps)
     # Only for training: loss estimates are in eval mode, which would need a second compilation.
@@ -509,7 +510,7 @@ def train(
     stopwatch = Stopwatch(cfg.device)
     step = restore(model, optimizer, run)
     for epoch in range(step // n_batches, cfg.epochs + 1):  # the last round only estimates the loss
-        if step % n_batches == 0:
+        if step % n_batches == 0:  # not if the run is resumed within an epoch
             speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
             train_loss = estimate_loss(model, train_data, cfg)
             val_loss = estimate_loss(model, val_data, cfg)
@@ -521,7 +522,7 @@ def train(
             stopwatch.start()
         if epoch == cfg.epochs:
             break
-        for batch in epoch_batches(windows, epoch, step % n_batches, cfg):
+        for batch in epoch_batches(starts, epoch, step % n_batches, cfg):
             if run.stop_requested():
                 run.save_latest(checkpoint(model, optimizer, step))
                 return run.history
@@ -550,7 +551,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, the checkpoint and the released model; {} if it doesn't start there."""
+    """Return the settings, the checkpoint and the released model; {} for what isn't used."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -565,7 +566,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # each has its own
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

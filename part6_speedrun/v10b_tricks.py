@@ -1,11 +1,11 @@
 """v10b_tricks.py: the small changes behind the speed records, each with a switch.
 
 The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-nanogpt) combine
-many small changes. The ones below suit a small model on characters:
+many small changes. These help a small model on characters, with the settings of v10c:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
-- zero_init: the projections of the blocks and the embeddings of pairs start at zero, so at first
-  they add nothing. The last layer does, too, so at first all characters are equally likely.
+- zero_init: the projections of the blocks and the embeddings of bigrams start at zero, so at first
+  they add nothing. The last layer starts at zero, too: all characters are equally likely.
 - embedding_norm: the embeddings are normalised before the first block.
 - bigrams: each pair of neighbouring characters has an embedding, too.
 - smear: the normalised embedding of the previous character is added, times a number from -1 to 1,
@@ -131,7 +131,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        # The token before the next one, for LanguageModel.embed; 0 at first, as in training.
+        # The newest token, which LanguageModel.embed needs; at first token 0, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

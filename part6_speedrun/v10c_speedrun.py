@@ -13,8 +13,8 @@ it stopped.
 
 New here: BUDGETS, progress_at, read_settings. train counts seconds as well as steps.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55, already with --minutes 1.6. v5_gpt.py
-          takes as long to reach 1.68.
+Expect:   on two CPU cores, a validation loss of about 1.55, even with --minutes 1.6, the time in
+          which v5_gpt.py reaches 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -38,8 +38,8 @@ from support.notices import warn_of_long_warmup
 from support.stopwatch import Stopwatch
 
 # The settings of runs by the clock, the best that trials on two CPU cores found. Their max_iters
-# is more than the time allows, and their loss estimates cover 112,000 tokens: all that shakespeare
-# has for validation.
+# is more than the time allows, and their loss estimates cover about 112,000 tokens (batch_size *
+# block_size * eval_iters): all that shakespeare has for validation.
 SHORT = {
     "batch_size": 2, "block_size": 512, "n_embd": 128, "n_head": 2, "n_kv_head": 2, "n_layer": 4,
     "learning_rate": 8e-3, "weight_decay": 0.05, "warmup_iters": 50, "max_iters": 10_000_000,
@@ -145,7 +145,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        # The token before the next one, for LanguageModel.embed; 0 at first, as in training.
+        # The newest token, which LanguageModel.embed needs; at first token 0, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -657,7 +657,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict]:
     """Return the settings and the checkpoint, if any; --minutes changes the defaults."""
     cfg, saved = runs.read_settings(Config, __doc__, argv, SIZES)
     if cfg.minutes == 0 or saved:
-        return cfg, saved
+        return cfg, saved  # a run that is resumed keeps its settings
     for least_minutes, settings in BUDGETS.items():
         if cfg.minutes >= least_minutes:
             budget = settings  # the last one that applies stays

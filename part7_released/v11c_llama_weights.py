@@ -6,13 +6,13 @@ v11a has. The weights are in model.safetensors or, for larger models, in several
 LLAMA_NAMES says where each tensor goes (lm_head has the same name in the files).
 
 If --init_from and --sample_only are given together, weights and cache have the dtype of the files,
-unless --dtype names another. Mostly that is bfloat16, which takes half as much memory as float32.
+unless --dtype names another. Most files have bfloat16, which takes half as much memory as float32.
 The weights are copied one by one, so that memory never holds all of them twice. Training converts
 them to float32: in bfloat16, most of its small changes would be rounded away.
 
 A run can now start in four ways: new, from latest.pt (--resume), from best.pt (--sample_only), or
 from a released model (--init_from, also with --sample_only). read_settings returns that model as a
-dict: its settings, under our names, its tokenizer and its folder.
+dict with its settings (under our names), its tokenizer and its folder.
 
 New here: LLAMA_NAMES, FINE_TUNING, read_settings, weights_by_released_name and make_model.
           support/llama_files.py and model_files.py download, read and write the files.
@@ -627,7 +627,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    # These are the defaults now. Flags may change them, except SIZES.
+    # The settings in these are the defaults now. Flags may change them, except SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
@@ -666,7 +666,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # both hold a tokenizer
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

@@ -313,8 +313,8 @@ class MultiHeadAttention(nn.Module):
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
-        # Several new queries after old keys need a mask: each sees all the old keys, and the new
-        # ones up to its own.
+        # Several new queries after old keys need a mask, True where a query sees a key: all the old
+        # ones, and the new ones up to its own.
         n_keys = key.shape[2]
         mask = None
         if 1 < T < n_keys:
@@ -401,8 +401,8 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block. The tokens in them come before idx. Together they are at most
-        block_size, but a single new token may replace the oldest.
+        caches: one for each block. The tokens in them come before idx. With idx, that is at
+        most block_size tokens, but a single new one may replace the oldest.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
@@ -637,9 +637,9 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    released.update(chat.read_defaults(released, cfg.system))
+    released.update(chat.read_defaults(released, cfg.system))  # template, temperature, ...
     released["sample_only"] = True  # unless --no-sample_only says otherwise
-    # These are the defaults now. Flags may change them, except SIZES.
+    # The settings in these are the defaults now. Flags may change them, except SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     model_files.refuse_conflicts(cfg)  # again, because sample_only may be true now
     if cfg.sample_only and cfg.dtype == "auto":
@@ -691,12 +691,15 @@ class Conversation:
 
     @torch.no_grad()
     def read(self, ids: list[int]) -> torch.Tensor:
-        """Make the caches hold the tokens ids; return the logits after the last, float (1, V)."""
+        """Read tokens into the caches, beginning with the first one that isn't there yet.
+
+        ids: those of the whole conversation. Returns the logits after the last, float (1, V).
+        """
         # The last token is read in any case, because its logits are needed.
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept  # append overwrites the rest
-        self.ids = ids[:n_kept]  # if Ctrl-C interrupts the model, that is what all caches have
+        self.ids = ids[:n_kept]  # Ctrl-C may come when only some of the caches have more
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
         self.ids = ids.copy()
@@ -708,7 +711,8 @@ class Conversation:
         self.messages = self.tokenizer.drop_oldest(self.messages)  # until they fit
         ids = self.tokenizer.encode(self.messages)
         if self.cfg.show_tokens:
-            self.tokenizer.show(ids, common_length(self.ids, ids))
+            n_kept = common_length(self.ids, ids)
+            self.tokenizer.show(ids, n_kept)
         for _ in range(min(self.cfg.max_new_tokens, self.cfg.block_size - len(ids))):
             logits = self.read(ids)  # (1, V)
             idx = torch.tensor([ids], device=self.cfg.device)  # (1, T)
@@ -719,10 +723,11 @@ class Conversation:
 
 def talk(conversation: Conversation, tokenizer: FileTokenizer) -> None:
     """Answer each message. Ctrl-C ends an answer; the end of the input ends the conversation."""
-    for message in chat.read_messages(conversation.tokenizer):
+    for message in chat.read_messages(conversation.tokenizer):  # which says what is too long
         text = ""
         with chat.until_ctrl_c():
-            pieces = terminal.decode_stream(conversation.answer(message), tokenizer, [])
+            answer = conversation.answer(message)
+            pieces = terminal.decode_stream(answer, tokenizer, prompt=[])  # stops at <|im_end|>
             for piece in terminal.end_before(conversation.cfg.stop, pieces):
                 print(piece, end="", flush=True)
                 text += piece
@@ -737,7 +742,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # both hold a tokenizer
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)
