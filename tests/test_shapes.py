@@ -126,8 +126,9 @@ class ShapeTracer:
             known.setdefault("n_questions", len(names["rewards"]))
         if isinstance(names.get("tokens"), np.ndarray):  # describe_best
             known["n"] = len(names["tokens"])
-        if isinstance(names.get("starts"), np.ndarray):  # all of v8g's, or those of a batch
-            known["n"] = known["B"] = len(names["starts"])
+        starts = names.get("starts")  # of all of v8g's windows, or of those of a batch
+        if isinstance(starts, np.ndarray) and "n_batches" not in names:
+            known["n"] = known["B"] = len(starts)
         if "sizes" in names:
             known["sizes"] = names["sizes"]
         for name in ("context", "cache"):  # whose attributes are in comments
