@@ -10,10 +10,12 @@ A special token has an id of its own. If <assistant> were made of characters, a 
 and speak as the assistant; but no text is encoded as a special token.
 
 Questions are only read. The loss is the mean over the n tokens of all answers in a batch, each
-<end> included (Ouyang et al. 2022, section 3.5, for the idea; Llama 2, Touvron et al. 2023, section
-3.1, for the loss):
+<end> included:
 
     loss = -1/n * sum of ln p(t | all tokens before t), over the tokens t of the answers
+
+Ouyang et al. (2022, section 3.5) fine-tune a language model on demonstrations; the loss is that of
+Llama 2 (Touvron et al. 2023, section 3.1).
 
 New here: ChatTokenizer, encode, answer, and the settings from --task on. Read data/tasks.py first:
           it makes the questions, on words or sums, and checks the answers.
@@ -77,7 +79,7 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     task: str = setting("what is asked", "words", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
-    conversations: str = setting("file of conversations, one in JSON on each line", "")
+    conversations: str = setting("file with a conversation in JSON on each line", "")
     base: str = setting("folder of a run to start from; random weights without one", "")
     ask: str = setting("a question to answer, instead of test questions", "")
 
@@ -88,7 +90,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"
+    name = "chat"  # for its checkpoints
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -109,7 +111,7 @@ def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], lis
     for message in conversation:
         is_answer = message["role"] == "assistant"
         speaker = tokenizer.assistant if is_answer else tokenizer.user
-        content = [*tokenizer.encode(message["content"], "--ask"), tokenizer.end]
+        content = [*tokenizer.encode(message["content"], flag="--ask"), tokenizer.end]
         tokens += [speaker, *content]
         targets += [-100, *content] if is_answer else [-100] * (1 + len(content))
     return tokens, targets
@@ -544,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)
+        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)

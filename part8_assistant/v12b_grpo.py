@@ -1,24 +1,26 @@
 """v12b_grpo.py: reinforcement learning from answers that can be checked.
 
 Fine-tuning imitates. Half of the demonstrations of a sum give the answer at once, half work it out
-first. The model does either, and at once it's mostly wrong. From here on, nobody shows it answers.
-It draws several to each question, a checker gives those with the right number a reward of 1, the
-others 0, and what is better than the average answer to its question becomes more likely:
+first. The model does one or the other; when it answers at once, it's mostly wrong. From here on,
+nobody shows it answers. It draws several to each question, a checker gives those with the right
+number a reward of 1, the others 0, and an answer that is better than the average of those to its
+question becomes more likely:
 
     advantage = reward - mean reward of the answers to the same question
-    loss      = -1/n * sum over the n tokens t of all answers of advantage * ln p(t | tokens before)
+    loss      = -1/n * sum of advantage * ln p(t | tokens before t), over the n tokens t of answers
 
-That is v12a's loss with the model's own answers, each with a weight that may be negative. It is
-group-relative policy optimisation (Shao et al. 2024, section 4.1) with one update per batch. Nobody
-rewards working a sum out; it wins because it's right more often. With several updates per batch,
-the answers no longer come from the model that learns, so the ratio of the two probabilities is
-clipped (Schulman et al. 2017). A reward that can be cheated needs a penalty for leaving a reference
-model. Neither is the case here. The paper also divides the advantage by the standard deviation.
+That is v12a's loss with the model's own answers, each with a weight that may be negative. Nobody
+rewards working a sum out; it wins because it's right more often. It is group-relative policy
+optimisation (Shao et al. 2024, section 4.1), except that the paper also divides each advantage by
+the standard deviation of its group, and takes the mean over each answer first. Two of its parts
+aren't needed here: clipping is for several updates with the same answers, and a penalty for moving
+away from the model before reinforcement is for rewards that can be cheated.
 
 New here: advantages_of, grpo_step, and the settings from --sft_iters on.
 Run it:   python part8_assistant/v12b_grpo.py
           python part8_assistant/v12b_grpo.py --base out/sums   # a run of v12a --task sums
-Expect:   about half of the answers to unseen sums right after step 1500, about 97% after step 1800.
+Expect:   after step 1500, about half of the answers to unseen sums are right, or more; after step
+          1800, about 97%.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12b_grpo.py
 """
 
@@ -75,7 +77,7 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     task: str = setting("what is asked", "sums", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
-    conversations: str = setting("file of conversations, one in JSON on each line", "")
+    conversations: str = setting("file with a conversation in JSON on each line", "")
     base: str = setting("folder of a run of v12a, instead of supervised fine-tuning", "")
     ask: str = setting("a question to answer, instead of test questions", "")
     sft_iters: int = setting("steps of supervised fine-tuning, before reinforcement", 1500)
@@ -89,7 +91,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"
+    name = "chat"  # for its checkpoints
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -110,7 +112,7 @@ def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], lis
     for message in conversation:
         is_answer = message["role"] == "assistant"
         speaker = tokenizer.assistant if is_answer else tokenizer.user
-        content = [*tokenizer.encode(message["content"], "--ask"), tokenizer.end]
+        content = [*tokenizer.encode(message["content"], flag="--ask"), tokenizer.end]
         tokens += [speaker, *content]
         targets += [-100, *content] if is_answer else [-100] * (1 + len(content))
     return tokens, targets
@@ -489,17 +491,18 @@ def grpo_step(
         tokens, _ = encode(lessons[row][:-1], tokenizer)
         asked += [lessons[row]] * cfg.n_answers
         prompts += [[*tokens, tokenizer.assistant]] * cfg.n_answers
-    replies = answers.complete(model, prompts, tokenizer.end, cfg)
+    replies = answers.complete(model, prompts, tokenizer.end, cfg)  # token ids, with <end>
     right = [tasks.is_right(c, tokenizer.decode(r)) for c, r in zip(asked, replies, strict=True)]
     rewards = torch.tensor(right).float().view(n_questions, -1)  # (n_questions, n_answers)
     advantages = advantages_of(rewards).view(-1, 1)  # (B, 1)
     encoded = [(p + r, [-100] * len(p) + r) for p, r in zip(prompts, replies, strict=True)]
-    x, y = torch.from_numpy(batches.pad(encoded, cfg.block_size)).unbind(1)  # (B, T) each
+    examples = torch.from_numpy(batches.pad(encoded, cfg.block_size))  # (B, 2, T)
+    x, y = examples.unbind(1)  # (B, T) each
     x, y, advantages = hardware.to_device([x, y, advantages], cfg.device)
     model.eval()  # no dropout: the probabilities are those with which the answers were drawn
     with autocast(cfg):
         logits, _ = model(x)  # (B, T, V)
-        log_p = -F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T)
+        log_p = -F.cross_entropy(logits.transpose(1, 2), y, reduction="none")  # (B, T); 0 for -100
     loss = -(advantages * log_p).sum() / (y != -100).sum()  # ()
     update(model, optimizer, loss, step, cfg)
 
@@ -559,7 +562,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop() + answers.sampling_speed()
+                speed = stopwatch.stop() + answers.sampling_speed()  # both are text
                 train_loss = estimate_loss(model, train_data, cfg)
                 if not math.isfinite(train_loss):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
@@ -592,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)
+        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -607,8 +610,8 @@ def main(argv: list[str] | None = None) -> None:
             print(f"conversations: {sizes}", file=sys.stderr)
             with run:  # in here, Ctrl-C only asks train to stop
                 # Reinforcement needs answers drawn from the model's own probabilities.
-                own = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-                train(model, train_data, lessons, test, tokenizer, own, run)
+                plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+                train(model, train_data, lessons, test, tokenizer, plain, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)
 

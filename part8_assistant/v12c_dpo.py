@@ -1,24 +1,24 @@
 """v12c_dpo.py: learning from pairs of a better and a worse answer.
 
 Often, nobody can say whether an answer is right, but people can say which of two is better. Direct
-preference optimisation (Rafailov et al. 2023) learns from such pairs as from examples, without
-drawing answers during training. Here, the pairs are two answers of a fine-tuned model to the same
-question, one right and one wrong, as the checker in data/tasks.py finds. That model, the reference,
-stays as it is. With it, an answer's gain is how much more likely it has become:
+preference optimisation (Rafailov et al. 2023) learns from such pairs, and draws no answers during
+training. Here, a pair is two answers of a fine-tuned model to the same question, one right and one
+wrong according to the checker in data/tasks.py. That model stays as it is, as the reference. An
+answer's gain is how much more likely it is now than it was to the reference:
 
-    gain(answer) = ln p(answer) - ln p(answer by the reference)
+    gain(answer) = ln p(answer) - ln p_reference(answer)
     loss         = mean over the pairs of -ln sigmoid(beta * (gain(better) - gain(worse)))
 
-The loss is what results from rewarding answers as the pairs demand, with a penalty of beta per nat
-for leaving the reference (section 4 and appendix A.1 of the paper). It falls if the better answer
-becomes more likely, but also if both become less likely and the worse one faster. A small beta
-allows much of that. So look at the gains in the log, and not at the loss alone.
+It has the same optimum as reinforcement learning with a reward that fits the pairs, less beta times
+the KL divergence from the reference (section 4 and appendix A.1 of the paper). It falls if the
+better answer becomes more likely, but also if both become less likely and the worse one faster. A
+small beta allows much of that. So look at the gains in the log, and not at the loss alone.
 
 New here: draw_pairs, Preference, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # fine-tuning
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # v12a's part
           python part8_assistant/v12c_dpo.py --base out/sums
-Expect:   from about half right answers to unseen sums to between 93% and 96%. With --beta 0.1
-          --learning_rate 1e-4, more at first, then fewer, while the loss goes on falling.
+Expect:   right answers to unseen sums rise from about 50%, or more, to between 93% and 96%. With
+          --beta 0.1 --learning_rate 1e-4, they become more, then fewer, while the loss only falls.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
@@ -77,7 +77,7 @@ class Config:
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     task: str = setting("what is asked", "sums", choices=["words", "sums"])
     n_demonstrations: int = setting("conversations to learn from, at most", 40_000, least=1)
-    conversations: str = setting("file of conversations, one in JSON on each line", "")
+    conversations: str = setting("file with a conversation in JSON on each line", "")
     base: str = setting("folder of the run to start from, which is also the reference", "")
     ask: str = setting("a question to answer, instead of test questions", "")
     beta: float = setting("how much it costs to leave the reference", 1.0, least=1e-9)
@@ -90,7 +90,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"
+    name = "chat"  # for its checkpoints
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -111,7 +111,7 @@ def encode(conversation: list, tokenizer: ChatTokenizer) -> tuple[list[int], lis
     for message in conversation:
         is_answer = message["role"] == "assistant"
         speaker = tokenizer.assistant if is_answer else tokenizer.user
-        content = [*tokenizer.encode(message["content"], "--ask"), tokenizer.end]
+        content = [*tokenizer.encode(message["content"], flag="--ask"), tokenizer.end]
         tokens += [speaker, *content]
         targets += [-100, *content] if is_answer else [-100] * (1 + len(content))
     return tokens, targets
@@ -417,16 +417,17 @@ def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Con
 
 
 def draw_pairs(model: LanguageModel, lessons: list, tokenizer: ChatTokenizer, cfg: Config) -> list:
-    """Answer questions twice; where one answer of two is right, return that, then the other."""
+    """Answer questions twice; return a chat with the right one, then a chat with the wrong one."""
     asked = lessons[: cfg.n_questions]
     replies = answer(model, asked + asked, tokenizer, cfg)
     pairs = []
     for chat, *both in zip(asked, replies[: len(asked)], replies[len(asked) :], strict=True):
-        both.sort(key=lambda reply: tasks.is_right(chat, reply), reverse=True)
+        if tasks.is_right(chat, both[1]):
+            both.reverse()
         if tasks.is_right(chat, both[0]) and not tasks.is_right(chat, both[1]):
             pairs += [[*chat[:-1], {"role": "assistant", "content": reply}] for reply in both]
     if not pairs:
-        why = "its answers are all right, or all wrong; name another run"
+        why = "to no question is one answer right and one wrong; name another run"
         raise data.InputError(f"--base {cfg.base}: {why}")
     return pairs
 
@@ -436,7 +437,7 @@ class Preference(nn.ModuleList):
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gains, float (B, 2), and their loss, from tokens and targets, int64 (B, 2, T)."""
-        self.eval()  # no dropout: the reference has none
+        self.eval()  # no dropout, so that gains don't depend on chance
         log_p = []
         for model in self:
             logits, _ = model(x.flatten(0, 1))  # (2 * B, T, V)
@@ -445,7 +446,7 @@ class Preference(nn.ModuleList):
             sums = -losses.sum(dim=1).view(-1, 2)  # (B, 2), one for each answer of a pair
             log_p.append(sums)
         gains = log_p[0] - log_p[1]  # (B, 2)
-        self.gains = gains.detach().mean(dim=0)  # (2,), for the log
+        self.gains = gains.detach().mean(dim=0)  # (2,), of the last batch, for the log
         margins = gains[:, 0] - gains[:, 1]  # (B,)
         return gains, -F.logsigmoid(self.beta * margins).mean()  # (B, 2) and ()
 
@@ -580,7 +581,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)
+        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -590,17 +591,17 @@ def main(argv: list[str] | None = None) -> None:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             if not cfg.base:
                 raise data.InputError("--base: missing; name a run of v12a_sft.py --task sums")
-            checkpoints.load_base(model, tokenizer, cfg, SIZES)
+            checkpoints.load_base(model, tokenizer, cfg, SIZES)  # with --resume, too
             reference = copy.deepcopy(model).requires_grad_(False)
-            own = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
-            chats = draw_pairs(reference, lessons, tokenizer, own)
-            pairs = batches.pad([encode(c, tokenizer) for c in chats], cfg.block_size)
-            pairs = pairs.reshape(-1, 2, 2, cfg.block_size).swapaxes(1, 2)  # tokens, then targets
+            plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
+            chats = draw_pairs(reference, lessons, tokenizer, plain)
+            examples = batches.pad([encode(c, tokenizer) for c in chats], cfg.block_size)
+            pairs = np.stack((examples[0::2], examples[1::2]), axis=2)  # (n_pairs, 2, 2, T)
             print(f"pairs: {len(pairs):,} from {cfg.n_questions:,} questions", file=sys.stderr)
             with run:  # in here, Ctrl-C only asks train to stop
                 preference = Preference([model, reference])
                 preference.beta = cfg.beta
-                train(model, preference, pairs, test, tokenizer, own, run)
+                train(model, preference, pairs, test, tokenizer, plain, run)
         best = saved if cfg.sample_only else run.best()
         checkpoints.load_weights(model, best)
 

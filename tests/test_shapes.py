@@ -195,7 +195,7 @@ def test_shape_comments_of_a_script(name, corpus, tmp_path, monkeypatch):
         base = tmp_path / "base"
         parent = load(PARENTS[name])
         parent.main([*tiny_flags(parent, out_dir=base), "--conversations", str(path)])
-        right = iter([True, False] * 99)
+        right = iter([False, True, False] * 99)  # asks for the second answer, first and last
         monkeypatch.setattr(tasks, "is_right", lambda chat, answer: next(right))
         flags += ["--base", str(base)]
     sizes = tiny(script)
