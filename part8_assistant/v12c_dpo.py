@@ -596,7 +596,7 @@ def main(argv: list[str] | None = None) -> None:
             plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
             chats = draw_pairs(reference, lessons, tokenizer, plain)
             examples = batches.pad([encode(c, tokenizer) for c in chats], cfg.block_size)
-            pairs = np.stack((examples[0::2], examples[1::2]), axis=2)  # (n_pairs, 2, 2, T)
+            pairs = np.stack((examples[0::2], examples[1::2]), axis=2)  # (N // 2, 2, 2, T)
             print(f"pairs: {len(pairs):,} from {cfg.n_questions:,} questions", file=sys.stderr)
             with run:  # in here, Ctrl-C only asks train to stop
                 preference = Preference([model, reference])
