@@ -574,7 +574,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both are {} in a new run
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

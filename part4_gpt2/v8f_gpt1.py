@@ -8,9 +8,10 @@ the sum after each addition, as the first transformer did (Vaswani et al. 2017):
 So each sum goes through a LayerNorm, and no other one is needed after the last block. All matrices
 start equally small, because the sum can't grow with the depth.
 
-GPT-1 has 40,478 tokens, merged from characters, not from bytes. Its text is in lower case and has
-no line breaks. A character that was never seen becomes <unk>, and capitals don't come back. Without
---init_from or a tokenizer.json, the tokens are those of v8b.
+GPT-1 has 40,478 tokens, merged from characters, not from bytes. Encoding puts a text into lower
+case and drops its line breaks, which decoding can't bring back, and a character that was never seen
+becomes <unk>. Without --init_from or a tokenizer.json (a file with a vocabulary and its merges),
+the tokens are those of v8b.
 
 New here: Block.forward, GPT1Tokenizer, --preset gpt1, and a tokenizer.json as --tokenizer.
           --init_from and --export are as in v8d; their code is in support/gpt1_files.py.
@@ -118,10 +119,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"
+    name = "file"  # for checkpoints
 
     def __init__(self, content: dict) -> None:
-        """content: a tokenizer.json and what follows from it, as a checkpoint keeps them."""
+        """content: the "json" of a tokenizer.json, its "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -134,7 +135,7 @@ class GPT1Tokenizer:
         return ids if ids else [0]
 
     def decode(self, tokens: list[int]) -> str:
-        """Token ids to text, in lower case, with one space between two words."""
+        """Token ids to text; GPT-1's is in lower case, with one space between two words."""
         return self.tokenizer.decode(tokens)
 
 
@@ -521,7 +522,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, the checkpoint and the released model; {} for what isn't used."""
+    """Return the settings, and the checkpoint and the released model as dicts; {} for none."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -536,7 +537,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both are {} in a new run
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

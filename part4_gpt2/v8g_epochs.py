@@ -1,9 +1,10 @@
 """v8g_epochs.py: train by epochs; each of them uses every window of the text once.
 
-Until now, each batch was drawn at random. If a text has n windows, and n are drawn, a token is
-missed with a probability of about (1 - 1/n)^n, which is about 1/e or 37%. For a text that is too
-large to be read even once, that doesn't matter. A small one is better used in epochs: cut it into
-windows that don't overlap, shuffle them, go through all of them, and shuffle again.
+Until now, each batch was drawn at random. If a text is n windows long, a random window misses a
+token with a probability of about 1 - 1/n, and n of them with (1 - 1/n)^n, about 1/e or 37%. For a
+text that is too large to be read even once, that doesn't matter. A small one is better used in
+epochs: cut it into windows that don't overlap, shuffle them, go through all of them, and shuffle
+again.
 
     one epoch = ceil(windows / batch_size) steps; the last batch has the windows that are left
 
@@ -89,9 +90,9 @@ class Config:
     export: str = setting("folder to write the best weights to", "")
 
 
-# A run that is resumed must keep these. The first two say how many steps an epoch has.
+# A run that is resumed must keep these. The first three say how many steps an epoch has.
 SIZES = [
-    "batch_size", "subset", "tokenizer", "preset", "block_size", "n_embd", "n_head", "n_layer",
+    "batch_size", "subset", "block_size", "tokenizer", "preset", "n_embd", "n_head", "n_layer",
 ]
 
 
@@ -118,10 +119,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"
+    name = "file"  # for checkpoints
 
     def __init__(self, content: dict) -> None:
-        """content: a tokenizer.json and what follows from it, as a checkpoint keeps them."""
+        """content: the "json" of a tokenizer.json, its "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -134,7 +135,7 @@ class GPT1Tokenizer:
         return ids if ids else [0]
 
     def decode(self, tokens: list[int]) -> str:
-        """Token ids to text, in lower case, with one space between two words."""
+        """Token ids to text; GPT-1's is in lower case, with one space between two words."""
         return self.tokenizer.decode(tokens)
 
 
@@ -425,7 +426,7 @@ def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
 
     Raises data.InputError if the text has fewer windows than --subset.
     """
-    n_windows = (len(tokens) - 1) // cfg.block_size
+    n_windows = (len(tokens) - 1) // cfg.block_size  # the last one's last target is behind it
     starts = np.arange(n_windows) * cfg.block_size  # (n_windows,)
     if cfg.subset == 0:
         return starts
@@ -452,7 +453,7 @@ def train_step(
     model: LanguageModel, optimizer: torch.optim.Optimizer, tokens: np.ndarray,
     starts: np.ndarray, step: int, n_steps: int, cfg: Config,
 ) -> None:
-    """Move the weights a little, so that the loss on windows falls. starts: theirs, int (B,)."""
+    """Move the weights a little, so that the loss on the windows at starts, int (B,), falls."""
     # The dropout of a step depends only on the run's seed and the step's number.
     torch.manual_seed(batches.mix_seed(cfg.seed, step))
     x, y = data.get_windows(tokens, starts, cfg.block_size, "cpu")  # (B, T) each
@@ -551,7 +552,7 @@ def describe_best(
 
 
 def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
-    """Return the settings, the checkpoint and the released model; {} for what isn't used."""
+    """Return the settings, and the checkpoint and the released model as dicts; {} for none."""
     cfg, saved, released = gpt1_files.read_settings(Config, __doc__, argv, SIZES)
     if cfg.preset and not saved:
         cfg = data.read_flags(Config, __doc__, argv, PRESETS[cfg.preset])
@@ -566,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = token_files.load_characters(cfg)  # "" unless --tokenizer is char
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both are {} in a new run
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

@@ -50,10 +50,8 @@ LLAMA_NAMES = {
     "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.projection": "self_attn.o_proj",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.expansion": "mlp.up_proj",
+    "attention.value": "self_attn.v_proj", "attention.projection": "self_attn.o_proj",
+    "feed_forward.gate": "mlp.gate_proj", "feed_forward.expansion": "mlp.up_proj",
     "feed_forward.projection": "mlp.down_proj",
 }
 
@@ -115,7 +113,7 @@ class Config:
     rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
     original_max_position_embeddings: int = setting("context for counting turns", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
-    init_from: str = setting("start from this folder or repository", "")
+    init_from: str = setting("start from this folder or Hugging Face repository", "")
     export: str = setting("folder to write the best weights to", "")
 
 
@@ -202,6 +200,7 @@ class KVCache:
 
     def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
+        # With the dtype and on the device of like, a weight of the model.
         self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
@@ -627,7 +626,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    # The settings in these are the defaults now. Flags may change them, except SIZES.
+    # The settings in released and FINE_TUNING become the defaults; no flag can change SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     if cfg.sample_only and cfg.dtype == "auto":
         return replace(cfg, dtype=released["dtype_of_files"]), {}, released
@@ -654,7 +653,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
     parameters = weights_by_released_name(model)  # they share their memory with the model's
-    for name, weight in llama_files.read_weights(released["folder"], parameters):
+    for name, weight in llama_files.read_weights(released["folder"], parameters):  # checks shapes
         parameters[name].copy_(weight)
     return model.to(cfg.device)
 
@@ -666,7 +665,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both are {} in a new run
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

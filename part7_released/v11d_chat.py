@@ -49,10 +49,8 @@ LLAMA_NAMES = {
     "norm_f": "model.norm",
     "attention.query_norm": "self_attn.q_norm", "attention.key_norm": "self_attn.k_norm",
     "attention.query": "self_attn.q_proj", "attention.key": "self_attn.k_proj",
-    "attention.value": "self_attn.v_proj",
-    "attention.projection": "self_attn.o_proj",
-    "feed_forward.gate": "mlp.gate_proj",
-    "feed_forward.expansion": "mlp.up_proj",
+    "attention.value": "self_attn.v_proj", "attention.projection": "self_attn.o_proj",
+    "feed_forward.gate": "mlp.gate_proj", "feed_forward.expansion": "mlp.up_proj",
     "feed_forward.projection": "mlp.down_proj",
 }
 
@@ -114,7 +112,7 @@ class Config:
     rope_high_freq_factor: float = setting("one with more turns is high", 4.0, least=1e-9)
     original_max_position_embeddings: int = setting("context for counting turns", 8192, least=1)
     tokenizer: str = setting("char, or the path of a tokenizer.json", "char")
-    init_from: str = setting("start from this folder or repository", "")
+    init_from: str = setting("start from this folder or Hugging Face repository", "")
     export: str = setting("folder to write the best weights to", "")
     system: str = setting("what to tell a chat model before the conversation", "")
     show_tokens: bool = setting("show what the model reads in a conversation", False)
@@ -204,6 +202,7 @@ class KVCache:
 
     def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
+        # With the dtype and on the device of like, a weight of the model.
         self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
@@ -313,8 +312,8 @@ class MultiHeadAttention(nn.Module):
         # off its dropout.
         dropout_p = self.dropout.p if self.training else 0.0
         # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
-        # Several new queries after old keys need a mask, True where a query sees a key: all the old
-        # ones, and the new ones up to its own.
+        # Several new queries after old keys need a mask. Row t is True for the keys that query t
+        # sees: all the old ones, and the new ones up to its own.
         n_keys = key.shape[2]
         mask = None
         if 1 < T < n_keys:
@@ -401,8 +400,8 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block. The tokens in them come before idx. With idx, that is at
-        most block_size tokens, but a single new one may replace the oldest.
+        caches: one for each block. The tokens in them come before idx. Together they must
+        be at most block_size tokens, unless idx is a single one, which may replace the oldest.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
@@ -639,7 +638,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
     released.update(chat.read_defaults(released, cfg.system))  # template, temperature, ...
     released["sample_only"] = True  # unless --no-sample_only says otherwise
-    # The settings in these are the defaults now. Flags may change them, except SIZES.
+    # The settings in released and FINE_TUNING become the defaults; no flag can change SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
     model_files.refuse_conflicts(cfg)  # again, because sample_only may be true now
     if cfg.sample_only and cfg.dtype == "auto":
@@ -667,7 +666,7 @@ def make_model(cfg: Config, released: dict, n_vocab: int) -> LanguageModel:
     if cfg.tie_word_embeddings:  # to_empty turned the shared matrix into two
         model.lm_head.weight = model.token_embedding.weight
     parameters = weights_by_released_name(model)  # they share their memory with the model's
-    for name, weight in llama_files.read_weights(released["folder"], parameters):
+    for name, weight in llama_files.read_weights(released["folder"], parameters):  # checks shapes
         parameters[name].copy_(weight)
     return model.to(cfg.device)
 
@@ -684,8 +683,8 @@ class Conversation:
     """Messages, and caches with the keys and values of what the model has read of them."""
 
     def __init__(self, model: LanguageModel, tokenizer: chat.ChatTokenizer, cfg: Config) -> None:
-        self.model, self.tokenizer, self.cfg = model, tokenizer, cfg
-        self.messages = chat.system_message(cfg.system)  # each has a role and its content
+        self.model, self.chat_tokenizer, self.cfg = model, tokenizer, cfg
+        self.messages = chat.system_message(cfg.system)  # dicts: a role and its content
         self.caches = [KVCache(cfg, 1, like=model.lm_head.weight) for _ in model.blocks]
         self.ids = []  # the tokens in the caches
 
@@ -699,7 +698,7 @@ class Conversation:
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept  # append overwrites the rest
-        self.ids = ids[:n_kept]  # Ctrl-C may come when only some of the caches have more
+        self.ids = ids[:n_kept]  # all that the caches have if Ctrl-C stops the model
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
         self.ids = ids.copy()
@@ -708,11 +707,11 @@ class Conversation:
     def answer(self, message: str) -> Iterator[torch.Tensor]:
         """Yield the tokens of the answer to a message, int64 (1, 1) each, as they are chosen."""
         self.messages.append({"role": "user", "content": message})
-        self.messages = self.tokenizer.drop_oldest(self.messages)  # until they fit
-        ids = self.tokenizer.encode(self.messages)
+        self.messages = self.chat_tokenizer.drop_oldest(self.messages)  # until they fit
+        ids = self.chat_tokenizer.encode(self.messages)
         if self.cfg.show_tokens:
             n_kept = common_length(self.ids, ids)
-            self.tokenizer.show(ids, n_kept)
+            self.chat_tokenizer.show(ids, n_kept)
         for _ in range(min(self.cfg.max_new_tokens, self.cfg.block_size - len(ids))):
             logits = self.read(ids)  # (1, V)
             idx = torch.tensor([ids], device=self.cfg.device)  # (1, T)
@@ -723,7 +722,7 @@ class Conversation:
 
 def talk(conversation: Conversation, tokenizer: FileTokenizer) -> None:
     """Answer each message. Ctrl-C ends an answer; the end of the input ends the conversation."""
-    for message in chat.read_messages(conversation.tokenizer):  # which says what is too long
+    for message in chat.read_messages(conversation.chat_tokenizer):  # none is too long
         text = ""
         with chat.until_ctrl_c():
             answer = conversation.answer(message)
@@ -742,7 +741,7 @@ def main(argv: list[str] | None = None) -> None:
         torch.manual_seed(cfg.seed)
 
         text = "" if cfg.sample_only else data.load_text(cfg.data)
-        tokenizer = make_tokenizer(cfg, saved or released, text)  # what isn't empty has one
+        tokenizer = make_tokenizer(cfg, saved or released, text)  # both are {} in a new run
         cfg = terminal.read_prompt_file(cfg, tokenizer)  # its text becomes cfg.prompt
         start = cfg.prompt if cfg.prompt else "\n"  # generation needs a token to start from
         prompt = torch.tensor([tokenizer.encode(start)], device=cfg.device)  # (1, T)

@@ -118,7 +118,7 @@ def test_a_conversation_reads_each_token_once(folder):
         lengths.clear()
         old = conversation.ids
         messages = [*conversation.messages, {"role": "user", "content": question}]
-        new = conversation.tokenizer.encode(messages)
+        new = conversation.chat_tokenizer.encode(messages)
         answer = say(conversation, tokenizer, question)
         n_kept = v11d.common_length(old, new)
         # Random tokens may be others when their text is encoded again, but those before them stay.
@@ -196,7 +196,7 @@ def test_an_answer_ends_where_the_context_does(folder):
     sizes = ["--block_size", "200", "--max_new_tokens", "1000"]
     conversation, tokenizer = make_conversation(folder, *sizes)
     answer = say(conversation, tokenizer, "x")
-    n_prompt = len(conversation.tokenizer.encode(conversation.messages[:1]))
+    n_prompt = len(conversation.chat_tokenizer.encode(conversation.messages[:1]))
     assert len(answer) == 200 - n_prompt >= 100
 
 
@@ -263,7 +263,7 @@ def test_the_model_reads_what_is_shown(folder, capsys, monkeypatch):
     heads = re.findall(r"^(\d+) tokens in the cache, (\d+) to read:$", err, re.MULTILINE)
     conversation, _ = make_conversation(folder, "--system", "Be brief.")
     messages = [*conversation.messages, {"role": "user", "content": QUESTIONS[0]}]
-    ids = conversation.tokenizer.encode(messages)
+    ids = conversation.chat_tokenizer.encode(messages)
     assert heads[0] == ("0", str(len(ids)))
     shown = [int(n) for n in re.findall(r"^ +(\d+) '", err.split("tokens in")[1], re.MULTILINE)]
     assert shown == ids
