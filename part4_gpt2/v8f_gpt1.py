@@ -8,10 +8,9 @@ the sum after each addition, as the first transformer did (Vaswani et al. 2017):
 So each sum goes through a LayerNorm, and no other one is needed after the last block. All matrices
 start equally small, because the sum can't grow with the depth.
 
-GPT-1 has 40,478 tokens, merged from characters, not from bytes. Encoding puts a text into lower
-case and drops its line breaks, which decoding can't bring back, and a character that was never seen
-becomes <unk>. Without --init_from or a tokenizer.json (a file with a vocabulary and its merges),
-the tokens are those of v8b.
+GPT-1 has 40,478 tokens, merged from characters, not from bytes. Encoding loses capitals
+and line breaks, and turns a character that isn't in the vocabulary into <unk>. Without --init_from
+or a tokenizer.json (a file with a vocabulary and its merges), the tokens are those of v8b.
 
 New here: Block.forward, GPT1Tokenizer, --preset gpt1, and a tokenizer.json as --tokenizer.
           --init_from and --export are as in v8d; their code is in support/gpt1_files.py.
@@ -119,10 +118,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"  # for checkpoints
+    name = "file"  # what a checkpoint calls it
 
     def __init__(self, content: dict) -> None:
-        """content: the "json" of a tokenizer.json, its "n_vocab" and "end_of_text"."""
+        """content: the text of a tokenizer.json as "json", "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -130,7 +129,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids; [0], GPT-1's <unk>, for a text of only spaces and line breaks."""
+        """Text to token ids. Only spaces would give none, so they give GPT-1's <unk>, [0]."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -253,8 +252,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm after the addition.
 
-    GPT-1 has them where the first transformer has them (Vaswani et al. 2017, section 3.1). Maps
-    float (B, T, n_embd) to the same shape.
+    So had the first transformer (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd) to
+    the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:

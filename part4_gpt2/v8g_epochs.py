@@ -1,14 +1,14 @@
 """v8g_epochs.py: train by epochs; each of them uses every window of the text once.
 
 Until now, each batch was drawn at random. If a text is n windows long, a random window misses a
-token with a probability of about 1 - 1/n, and n of them with (1 - 1/n)^n, about 1/e or 37%. For a
-text that is too large to be read even once, that doesn't matter. A small one is better used in
-epochs: cut it into windows that don't overlap, shuffle them, go through all of them, and shuffle
-again.
+given token with a probability of about 1 - 1/n. All of n random windows miss it with (1 - 1/n)^n,
+which is about 1/e or 37%. For a text that is too large to be read even once, that doesn't matter. A
+small one is better used in epochs: cut it into windows that don't overlap, shuffle them, go through
+all of them, and shuffle again.
 
     one epoch = ceil(windows / batch_size) steps; the last batch has the windows that are left
 
-To see what more text is worth, --subset N trains on only N windows, the same in each epoch.
+To see how much more text helps, train on less: --subset N uses only N windows, in each epoch.
 The tokens after the last whole window, fewer than block_size, are left out.
 
 New here: choose_windows, epoch_batches, --epochs in place of --max_iters and --eval_interval, and
@@ -119,10 +119,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"  # for checkpoints
+    name = "file"  # what a checkpoint calls it
 
     def __init__(self, content: dict) -> None:
-        """content: the "json" of a tokenizer.json, its "n_vocab" and "end_of_text"."""
+        """content: the text of a tokenizer.json as "json", "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -130,7 +130,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids; [0], GPT-1's <unk>, for a text of only spaces and line breaks."""
+        """Text to token ids. Only spaces would give none, so they give GPT-1's <unk>, [0]."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -253,8 +253,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm after the addition.
 
-    GPT-1 has them where the first transformer has them (Vaswani et al. 2017, section 3.1). Maps
-    float (B, T, n_embd) to the same shape.
+    So had the first transformer (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd) to
+    the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:
@@ -426,7 +426,7 @@ def choose_windows(tokens: np.ndarray, cfg: Config) -> np.ndarray:
 
     Raises data.InputError if the text has fewer windows than --subset.
     """
-    n_windows = (len(tokens) - 1) // cfg.block_size  # the last one's last target is behind it
+    n_windows = (len(tokens) - 1) // cfg.block_size  # - 1: the last target comes after its window
     starts = np.arange(n_windows) * cfg.block_size  # (n_windows,)
     if cfg.subset == 0:
         return starts
@@ -513,7 +513,7 @@ def train(
     for epoch in range(step // n_batches, cfg.epochs + 1):  # the last round only estimates the loss
         if step % n_batches == 0:  # not if the run is resumed within an epoch
             speed = stopwatch.stop()  # such as ", 12,345 tokens/s"; "" at first
-            train_loss = estimate_loss(model, train_data, cfg)
+            train_loss = estimate_loss(model, train_data, cfg)  # of all of it, even with --subset
             val_loss = estimate_loss(model, val_data, cfg)
             if not (math.isfinite(train_loss) and math.isfinite(val_loss)):
                 raise data.InputError("the loss is not finite; try a smaller --learning_rate")

@@ -1,7 +1,7 @@
 """v10b_tricks.py: the small changes behind the speed records, each with a switch.
 
 The records for training GPT-2 in the shortest time (Jordan et al. 2024, modded-nanogpt) combine
-many small changes. These help a small model on characters, with the settings of v10c:
+many small changes. With the settings of v10c, these help a small model on characters:
 
 - qk_norm: queries and keys are normalised, so that no score can grow without limit.
 - zero_init: the projections of the blocks and the embeddings of bigrams start at zero, so at first
@@ -83,7 +83,7 @@ class Config:
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     qk_norm: bool = setting("normalise queries and keys, without weights", True)
-    zero_init: bool = setting("let projections, pairs and the last layer start at 0", True)
+    zero_init: bool = setting("start projections, bigrams and the last layer at 0", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -131,7 +131,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        # The newest token, which LanguageModel.embed needs; at first token 0, as in training.
+        # The newest token, which LanguageModel.embed needs. Before any, it is 0, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

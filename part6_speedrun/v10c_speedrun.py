@@ -1,7 +1,7 @@
 """v10c_speedrun.py: the lowest loss within a given time.
 
-The same steps take longer on one machine than on another. With --minutes, the clock takes their
-place: progress is the fraction of the time that has passed, so the learning rate reaches zero when
+The same steps take longer on one machine than on another. With --minutes, a run is measured by the
+clock: progress is the fraction of the time that has passed, so the learning rate reaches zero when
 the time ends, on a laptop as well as on a server. How large a model should be depends on the time,
 too, so with --minutes, the sizes, the learning rate and other defaults come from BUDGETS. They were
 found by trials on two CPU cores.
@@ -13,8 +13,8 @@ it stopped.
 
 New here: BUDGETS, progress_at, read_settings. train counts seconds as well as steps.
 Run it:   python part6_speedrun/v10c_speedrun.py --minutes 2
-Expect:   on two CPU cores, a validation loss of about 1.55, even with --minutes 1.6, the time in
-          which v5_gpt.py reaches 1.68.
+Expect:   on two CPU cores, a validation loss of about 1.55 within 2 minutes, and already after 1.6,
+          when v5_gpt.py reaches 1.68.
 Diff:     git diff --no-index part6_speedrun/v10b_tricks.py part6_speedrun/v10c_speedrun.py
 """
 
@@ -96,7 +96,7 @@ class Config:
     stop: str = setting("end a sample before this text", "")
     n_kv_head: int = setting("key/value heads in a layer", 2, least=1)
     qk_norm: bool = setting("normalise queries and keys, without weights", True)
-    zero_init: bool = setting("let projections, pairs and the last layer start at 0", True)
+    zero_init: bool = setting("start projections, bigrams and the last layer at 0", True)
     embedding_norm: bool = setting("normalise the embeddings", True)
     bigrams: bool = setting("embed pairs of characters", True)
     smear: bool = setting("add a part of the previous embedding", True)
@@ -145,7 +145,7 @@ class KVCache:
         self.keys = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.values = torch.empty(shape, device=device)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
-        # The newest token, which LanguageModel.embed needs; at first token 0, as in training.
+        # The newest token, which LanguageModel.embed needs. Before any, it is 0, as in training.
         self.last_token = torch.zeros(batch_size, dtype=torch.long, device=device)  # (B,)
 
     def append(self, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -533,7 +533,7 @@ def progress_at(step: int, seconds: float, cfg: Config) -> float:
     """The fraction of a run that is done, 0 to 1.
 
     seconds: how long the run has taken so far. With --minutes, the run ends when its time or its
-    steps are used up, so the larger of those two fractions counts.
+    steps are used up, so what counts is the larger fraction of the two.
     """
     if step >= cfg.max_iters:  # max_iters may be 0
         return 1.0

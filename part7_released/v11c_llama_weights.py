@@ -200,7 +200,7 @@ class KVCache:
 
     def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
-        # With the dtype and on the device of like, a weight of the model.
+        # new_empty keeps the dtype and the device of the tensor, which is a weight of the model.
         self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced

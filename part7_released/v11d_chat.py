@@ -16,7 +16,7 @@ a mask: a new token sees all the old ones, the new ones before it, and itself. S
 change old turns. Then the two texts differ earlier, and more is read again.
 
 New here: the mask in MultiHeadAttention, common_length, Conversation and talk. With --init_from,
-          there is now a conversation instead of a sample; --no-sample_only fine-tunes before it.
+          --sample_only is the default now, and a conversation takes the place of the sample.
 Run it:   python part7_released/v11d_chat.py --init_from HuggingFaceTB/SmolLM2-135M-Instruct
 Expect:   an answer to what you type. Without --init_from, the losses of v11a_llama.py.
 Diff:     git diff --no-index part7_released/v11c_llama_weights.py part7_released/v11d_chat.py
@@ -202,7 +202,7 @@ class KVCache:
 
     def __init__(self, cfg: Config, batch_size: int, like: torch.Tensor) -> None:
         shape = (batch_size, cfg.n_kv_head, cfg.block_size, head_size_of(cfg))
-        # With the dtype and on the device of like, a weight of the model.
+        # new_empty keeps the dtype and the device of the tensor, which is a weight of the model.
         self.keys = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.values = like.new_empty(shape)  # (B, n_kv_head, block_size, head_size)
         self.length = 0  # the number of tokens so far, including those that were replaced
@@ -317,7 +317,7 @@ class MultiHeadAttention(nn.Module):
         n_keys = key.shape[2]
         mask = None
         if 1 < T < n_keys:
-            mask = x.new_ones(T, n_keys, dtype=torch.bool).tril(n_keys - T)  # (T, n_keys)
+            mask = x.new_ones(T, n_keys, dtype=torch.bool).tril(diagonal=n_keys - T)  # (T, n_keys)
         # With enable_gqa, n_head / n_kv_head neighbouring query heads share a key/value head.
         x = F.scaled_dot_product_attention(  # (B, n_head, T, head_size)
             query, key, value, attn_mask=mask, dropout_p=dropout_p,
@@ -400,8 +400,8 @@ class LanguageModel(nn.Module):
         """Return the logits, float (B, T, V), and their mean loss in nats (None without targets).
 
         idx: token ids, int64 (B, T). targets: the token that follows each of them, int64 (B, T).
-        caches: one for each block. The tokens in them come before idx. Together they must
-        be at most block_size tokens, unless idx is a single one, which may replace the oldest.
+        caches: one for each block. The tokens in them come before idx. They and idx must
+        fit in block_size, except that a single new token may replace the oldest.
         """
         n_old = 0 if caches is None else caches[0].length
         positions = torch.arange(n_old, n_old + idx.shape[1], device=idx.device)  # (T,)
@@ -636,7 +636,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    released.update(chat.read_defaults(released, cfg.system))  # template, temperature, ...
+    released.update(chat.read_defaults(released, cfg.system))
     released["sample_only"] = True  # unless --no-sample_only says otherwise
     # The settings in released and FINE_TUNING become the defaults; no flag can change SIZES.
     cfg = data.read_flags(Config, __doc__, argv, released | FINE_TUNING, fixed=SIZES)
@@ -684,7 +684,7 @@ class Conversation:
 
     def __init__(self, model: LanguageModel, tokenizer: chat.ChatTokenizer, cfg: Config) -> None:
         self.model, self.chat_tokenizer, self.cfg = model, tokenizer, cfg
-        self.messages = chat.system_message(cfg.system)  # dicts: a role and its content
+        self.messages = chat.system_message(cfg.system)  # a list; empty without --system
         self.caches = [KVCache(cfg, 1, like=model.lm_head.weight) for _ in model.blocks]
         self.ids = []  # the tokens in the caches
 
@@ -698,7 +698,7 @@ class Conversation:
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept  # append overwrites the rest
-        self.ids = ids[:n_kept]  # all that the caches have if Ctrl-C stops the model
+        self.ids = ids[:n_kept]  # still right if Ctrl-C interrupts the model
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
         self.ids = ids.copy()
@@ -722,7 +722,7 @@ class Conversation:
 
 def talk(conversation: Conversation, tokenizer: FileTokenizer) -> None:
     """Answer each message. Ctrl-C ends an answer; the end of the input ends the conversation."""
-    for message in chat.read_messages(conversation.chat_tokenizer):  # none is too long
+    for message in chat.read_messages(conversation.chat_tokenizer):  # it refuses long ones
         text = ""
         with chat.until_ctrl_c():
             answer = conversation.answer(message)

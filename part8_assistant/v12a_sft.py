@@ -21,7 +21,7 @@ New here: ChatTokenizer, encode, answer, and the settings from --task on. Read d
           it makes the questions, on words or sums, and checks the answers.
 Run it:   python part8_assistant/v12a_sft.py
           python part8_assistant/v12a_sft.py --sample_only --ask "reverse queen"
-Expect:   right answers to questions about words that weren't in training rise from 0% to over 98%.
+Expect:   on words that weren't in training, right answers rise from 0% to over 98%.
 Diff:     git diff --no-index part5_modern/v9d_gqa.py part8_assistant/v12a_sft.py
 """
 
@@ -546,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
+        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)

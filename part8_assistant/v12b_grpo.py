@@ -2,9 +2,9 @@
 
 Fine-tuning imitates. Half of the demonstrations of a sum give the answer at once, half work it out
 first. The model does one or the other; when it answers at once, it's mostly wrong. From here on,
-nobody shows it answers. It draws several to each question, a checker gives those with the right
-number a reward of 1, the others 0, and an answer that is better than the average of those to its
-question becomes more likely:
+nobody shows it answers. It draws several to each question. A checker rewards those with the right
+number with 1, the others with 0. Answers with more than their question's average reward become more
+likely:
 
     advantage = reward - mean reward of the answers to the same question
     loss      = -1/n * sum of advantage * ln p(t | tokens before t), over the n tokens t of answers
@@ -12,15 +12,16 @@ question becomes more likely:
 That is v12a's loss with the model's own answers, each with a weight that may be negative. Nobody
 rewards working a sum out; it wins because it's right more often. It is group-relative policy
 optimisation (Shao et al. 2024, section 4.1), except that the paper also divides each advantage by
-the standard deviation of its group, and takes the mean over each answer first. Two of its parts
-aren't needed here: clipping is for several updates with the same answers, and a penalty for moving
-away from the model before reinforcement is for rewards that can be cheated.
+the standard deviation of its group, and takes the mean over the tokens of each answer first, then
+that over the answers. Two of its parts aren't needed here: clipping is for several updates with the
+same answers, and a penalty for moving away from the fine-tuned model, for rewards that can be
+cheated.
 
 New here: advantages_of, grpo_step, and the settings from --sft_iters on.
 Run it:   python part8_assistant/v12b_grpo.py
           python part8_assistant/v12b_grpo.py --base out/sums   # a run of v12a --task sums
-Expect:   after step 1500, about half of the answers to unseen sums are right, or more; after step
-          1800, about 97%.
+Expect:   after step 1500, 50% to 82% of the answers to unseen sums are right; after step 1800,
+          about 97%.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12b_grpo.py
 """
 
@@ -562,7 +563,7 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop() + answers.sampling_speed()  # both are text
+                speed = stopwatch.stop() + answers.sampling_speed()  # two pieces of text
                 train_loss = estimate_loss(model, train_data, cfg)
                 if not math.isfinite(train_loss):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
@@ -595,7 +596,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
+        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)

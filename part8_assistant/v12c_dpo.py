@@ -3,22 +3,23 @@
 Often, nobody can say whether an answer is right, but people can say which of two is better. Direct
 preference optimisation (Rafailov et al. 2023) learns from such pairs, and draws no answers during
 training. Here, a pair is two answers of a fine-tuned model to the same question, one right and one
-wrong according to the checker in data/tasks.py. That model stays as it is, as the reference. An
-answer's gain is how much more likely it is now than it was to the reference:
+wrong according to the checker in data/tasks.py. A copy of that model stays as it is: the
+reference. An answer's gain is how much more likely the model finds it than the reference does:
 
     gain(answer) = ln p(answer) - ln p_reference(answer)
     loss         = mean over the pairs of -ln sigmoid(beta * (gain(better) - gain(worse)))
 
-It has the same optimum as reinforcement learning with a reward that fits the pairs, less beta times
-the KL divergence from the reference (section 4 and appendix A.1 of the paper). It falls if the
-better answer becomes more likely, but also if both become less likely and the worse one faster. A
-small beta allows much of that. So look at the gains in the log, and not at the loss alone.
+This loss has the same optimum as reinforcement learning with a reward that fits the pairs, minus a
+penalty: beta times the KL divergence, a distance from the reference (section 4 and appendix A.1 of
+the paper). It falls if the better answer becomes more likely, but also if both become less likely
+and the worse one faster. A small beta allows much of that. So look at the gains in the log, and not
+at the loss alone.
 
 New here: draw_pairs, Preference, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # v12a's part
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # fine-tuning
           python part8_assistant/v12c_dpo.py --base out/sums
-Expect:   right answers to unseen sums rise from about 50%, or more, to between 93% and 96%. With
-          --beta 0.1 --learning_rate 1e-4, they become more, then fewer, while the loss only falls.
+Expect:   93% to 96% of the answers to unseen sums are right; before, about half, or more. With
+          --beta 0.1 --learning_rate 1e-4, they rise, then fall, while the loss only falls.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
@@ -417,7 +418,7 @@ def answer(model: LanguageModel, chats: list, tokenizer: ChatTokenizer, cfg: Con
 
 
 def draw_pairs(model: LanguageModel, lessons: list, tokenizer: ChatTokenizer, cfg: Config) -> list:
-    """Answer questions twice; return a chat with the right one, then a chat with the wrong one."""
+    """Answer questions twice; return the chats of pairs, the one with the right answer first."""
     asked = lessons[: cfg.n_questions]
     replies = answer(model, asked + asked, tokenizer, cfg)
     pairs = []
@@ -427,13 +428,13 @@ def draw_pairs(model: LanguageModel, lessons: list, tokenizer: ChatTokenizer, cf
         if tasks.is_right(chat, both[0]) and not tasks.is_right(chat, both[1]):
             pairs += [[*chat[:-1], {"role": "assistant", "content": reply}] for reply in both]
     if not pairs:
-        why = "to no question is one answer right and one wrong; name another run"
+        why = "no question got a right and a wrong answer; name another run"
         raise data.InputError(f"--base {cfg.base}: {why}")
     return pairs
 
 
 class Preference(nn.ModuleList):
-    """A model and its reference, which read the same pairs of answers."""
+    """A model and its reference, which read the same pairs of answers. main sets beta."""
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return gains, float (B, 2), and their loss, from tokens and targets, int64 (B, 2, T)."""
@@ -581,7 +582,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # text has the words of the questions
+        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -591,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             if not cfg.base:
                 raise data.InputError("--base: missing; name a run of v12a_sft.py --task sums")
-            checkpoints.load_base(model, tokenizer, cfg, SIZES)  # with --resume, too
+            checkpoints.load_base(model, tokenizer, cfg, SIZES)  # to resume, too: as the reference
             reference = copy.deepcopy(model).requires_grad_(False)
             plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
             chats = draw_pairs(reference, lessons, tokenizer, plain)

@@ -71,9 +71,9 @@ def read_config(folder: Path, kind: str = "gpt2") -> dict[str, Any]:
     path = folder / "config.json"
     config = model_files.read_json(path, "--init_from")
     if config.get("model_type") != kind:
-        why = f"its model_type is {config.get('model_type')!r}, but {READERS[kind]} loads {kind!r}"
-        remedy = f"{READERS['gpt2']} loads 'gpt2', {READERS['openai-gpt']} 'openai-gpt'"
-        raise InputError(f"--init_from {path}: {why}; {remedy}")
+        why = f"its model_type is {config.get('model_type')!r}, not {kind!r}"
+        loads = ", ".join(f"{reader} loads {known!r}" for known, reader in READERS.items())
+        raise InputError(f"--init_from {path}: {why}; {loads}")
     for size in SIZES:
         model_files.integer(config, size, path, "--init_from")
     model_files.integer(config, "n_layer", path, "--init_from", most=1000)

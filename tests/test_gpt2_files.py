@@ -132,8 +132,8 @@ def test_a_configuration_may_say_what_our_model_does_anyway(tmp_path, change):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"model_type": "bert"}, "its model_type is 'bert', but v8d_gpt2_weights.py loads 'gpt2'"),
-        ({"model_type": "openai-gpt"}, "its model_type is 'openai-gpt', but "),
+        ({"model_type": "bert"}, "its model_type is 'bert', not 'gpt2'; v8d_gpt2_weights.py loads"),
+        ({"model_type": "openai-gpt"}, "its model_type is 'openai-gpt', not 'gpt2'; "),
         ({"model_type": None}, "its model_type is None, "),
         ({"model_type": ["gpt2"]}, "its model_type is ['gpt2'], "),
         ({"n_head": "two"}, "its n_head is 'two', not an integer from 1 to "),
@@ -185,7 +185,7 @@ def test_a_configuration_without_a_size_is_refused(tmp_path, name):
         (b"[]", "should hold a JSON object"),
         (b'"gpt2"', "should hold a JSON object"),
         (b"null", "should hold a JSON object"),
-        (b"{}", "its model_type is None, but v8d_gpt2_weights.py loads 'gpt2'"),
+        (b"{}", "its model_type is None, not 'gpt2'; v8d_gpt2_weights.py loads 'gpt2'"),
         (None, "can't read it (No such file or directory)"),
     ],
     ids=["empty", "half", "UTF-16", "deep", "list", "string", "null", "nothing", "missing"],

@@ -126,7 +126,7 @@ def test_a_base_without_pairs_is_refused(monkeypatch):
         v12c, "answer", lambda model, chats, *_: [chat[-1]["content"] for chat in chats]
     )
     line = refused_input(v12c.draw_pairs, None, LETTERS, TOKENIZER, tiny(v12c, base="out/x"))
-    why = "to no question is one answer right and one wrong; name another run"
+    why = "no question got a right and a wrong answer; name another run"
     assert line == f"--base out/x: {why}"
 
 

@@ -269,7 +269,7 @@ def test_what_does_not_fit_is_refused(released, tmp_path, capsys):
     config = GPT2Config(vocab_size=N_VOCAB, bos_token_id=0, eos_token_id=0, **SIZES)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     line = refused(v8f, capsys, "--init_from", tmp_path / "gpt2", *words)
-    assert "its model_type is 'gpt2', but v8f_gpt1.py loads 'openai-gpt'" in line
+    assert "its model_type is 'gpt2', not 'openai-gpt'; v8d_gpt2_weights.py loads 'gpt2'" in line
     line = refused(v8f, capsys, "--init_from", folder, *words, "--n_layer", "2")
     assert line.startswith("error: --n_layer 2: the model has 3, ")
     line = refused(v8f, capsys, "--init_from", folder, *words, "--preset", "gpt1")
