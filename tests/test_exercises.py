@@ -1,6 +1,7 @@
 """lab/web/exercises.md: its form, the lines that it says to change, and its commands."""
 
 import importlib.util
+import itertools
 import re
 import shlex
 import sys
@@ -9,6 +10,7 @@ import pytest
 from conftest import tiny_flags
 
 import data
+from data import tasks
 from lab.ladder import ROOT, SCRIPTS, load, path_of, source
 
 TEXT = (ROOT / "lab" / "web" / "exercises.md").read_text(encoding="utf-8")
@@ -97,6 +99,13 @@ def test_changes_fit_their_scripts_and_run(change, corpus, tmp_path, monkeypatch
     flags = tiny_flags(module, data=corpus, prompt="The")
     if hasattr(module.Config, "conversations"):
         flags += ["--block_size", "40"]  # a whole conversation
+    if hasattr(module.Config, "beta"):  # it starts from a run, whose answers some pairs are made of
+        base, v12a = tmp_path / "base", load("v12a_sft")
+        at = ["--out_dir", str(base), "--data", str(corpus), "--block_size", "40", "--task", "sums"]
+        v12a.main([*tiny_flags(v12a), *at])
+        right = itertools.cycle([False, True, False])
+        monkeypatch.setattr(tasks, "is_right", lambda chat, answer: next(right))
+        flags += ["--base", str(base)]
     module.main(flags)
 
 
