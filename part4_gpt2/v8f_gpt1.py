@@ -16,8 +16,8 @@ New here: Block.forward, GPT1Tokenizer, --preset gpt1, and a tokenizer.json as -
           --init_from and --export are as in v8d; their code is in support/gpt1_files.py.
 Run it:   python part4_gpt2/v8f_gpt1.py
           python part4_gpt2/v8f_gpt1.py --init_from openai-gpt --sample_only --prompt "life is"
-Expect:   with --tokenizer char, 2.12 nats per character; v8c_gpt2.py reaches 2.10. The library
-          transformers gives the same logits and tokens for a model that is exported.
+Expect:   with --tokenizer char, 2.12 nats per character; v8c_gpt2.py reaches 2.10. Hugging Face's
+          transformers computes the same logits, from the same tokens, with an exported model.
 Diff:     git diff --no-index part4_gpt2/v8c_gpt2.py part4_gpt2/v8f_gpt1.py
 """
 
@@ -118,10 +118,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"  # what a checkpoint calls it
+    name = "file"  # as a checkpoint says it: the tokens are from a tokenizer.json
 
     def __init__(self, content: dict) -> None:
-        """content: the text of a tokenizer.json as "json", "n_vocab" and "end_of_text"."""
+        """content: a dict with "json" (a tokenizer.json's text), "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -129,7 +129,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Only spaces would give none, so they give GPT-1's <unk>, [0]."""
+        """Text to token ids. White space alone has none, so it becomes [0], GPT-1's <unk>."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -252,8 +252,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm after the addition.
 
-    So had the first transformer (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd) to
-    the same shape.
+    The first transformer did the same (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd)
+    to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:

@@ -119,10 +119,10 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"  # what a checkpoint calls it
+    name = "file"  # as a checkpoint says it: the tokens are from a tokenizer.json
 
     def __init__(self, content: dict) -> None:
-        """content: the text of a tokenizer.json as "json", "n_vocab" and "end_of_text"."""
+        """content: a dict with "json" (a tokenizer.json's text), "n_vocab" and "end_of_text"."""
         self.content = content
         self.tokenizer = Tokenizer.from_str(content["json"])
         self.tokenizer.no_truncation()  # a limit in the file would cut off most of a corpus
@@ -130,7 +130,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. Only spaces would give none, so they give GPT-1's <unk>, [0]."""
+        """Text to token ids. White space alone has none, so it becomes [0], GPT-1's <unk>."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 
@@ -253,8 +253,8 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """Attention, then a feed-forward network, each with LayerNorm after the addition.
 
-    So had the first transformer (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd) to
-    the same shape.
+    The first transformer did the same (Vaswani et al. 2017, section 3.1). Maps float (B, T, n_embd)
+    to the same shape.
     """
 
     def __init__(self, cfg: Config) -> None:

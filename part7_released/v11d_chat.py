@@ -313,7 +313,7 @@ class MultiHeadAttention(nn.Module):
         dropout_p = self.dropout.p if self.training else 0.0
         # With is_causal, query 0 only sees key 0. A single new query is query 0, but must see all.
         # Several new queries after old keys need a mask. Row t is True for the keys that query t
-        # sees: all the old ones, and the new ones up to its own.
+        # sees: all n_keys - T old ones, and the new ones up to its own.
         n_keys = key.shape[2]
         mask = None
         if 1 < T < n_keys:
@@ -636,6 +636,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
+    # The chat template, which must accept the system message, and settings for sampling.
     released.update(chat.read_defaults(released, cfg.system))
     released["sample_only"] = True  # unless --no-sample_only says otherwise
     # The settings in released and FINE_TUNING become the defaults; no flag can change SIZES.
@@ -682,8 +683,10 @@ def common_length(old: list[int], new: list[int]) -> int:
 class Conversation:
     """Messages, and caches with the keys and values of what the model has read of them."""
 
-    def __init__(self, model: LanguageModel, tokenizer: chat.ChatTokenizer, cfg: Config) -> None:
-        self.model, self.chat_tokenizer, self.cfg = model, tokenizer, cfg
+    def __init__(
+        self, model: LanguageModel, chat_tokenizer: chat.ChatTokenizer, cfg: Config
+    ) -> None:
+        self.model, self.chat_tokenizer, self.cfg = model, chat_tokenizer, cfg
         self.messages = chat.system_message(cfg.system)  # a list; empty without --system
         self.caches = [KVCache(cfg, 1, like=model.lm_head.weight) for _ in model.blocks]
         self.ids = []  # the tokens in the caches
@@ -698,7 +701,8 @@ class Conversation:
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept  # append overwrites the rest
-        self.ids = ids[:n_kept]  # still right if Ctrl-C interrupts the model
+        # If Ctrl-C interrupts the model, these are all that every cache has.
+        self.ids = ids[:n_kept]
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
         self.ids = ids.copy()
@@ -710,8 +714,7 @@ class Conversation:
         self.messages = self.chat_tokenizer.drop_oldest(self.messages)  # until they fit
         ids = self.chat_tokenizer.encode(self.messages)
         if self.cfg.show_tokens:
-            n_kept = common_length(self.ids, ids)
-            self.chat_tokenizer.show(ids, n_kept)
+            self.chat_tokenizer.show(ids, n_kept=common_length(self.ids, ids))
         for _ in range(min(self.cfg.max_new_tokens, self.cfg.block_size - len(ids))):
             logits = self.read(ids)  # (1, V)
             idx = torch.tensor([ids], device=self.cfg.device)  # (1, T)
@@ -726,7 +729,8 @@ def talk(conversation: Conversation, tokenizer: FileTokenizer) -> None:
         text = ""
         with chat.until_ctrl_c():
             answer = conversation.answer(message)
-            pieces = terminal.decode_stream(answer, tokenizer, prompt=[])  # stops at <|im_end|>
+            # An answer is decoded on its own, up to a token that ends a text, such as <|im_end|>.
+            pieces = terminal.decode_stream(answer, tokenizer, prompt=[])
             for piece in terminal.end_before(conversation.cfg.stop, pieces):
                 print(piece, end="", flush=True)
                 text += piece

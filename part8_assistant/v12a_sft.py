@@ -90,7 +90,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"  # for its checkpoints
+    name = "chat"  # as a checkpoint says it
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -546,7 +546,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
+        text, lessons, test = tasks.load_conversations(cfg)  # the words asked about are in text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -567,7 +567,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
-        asked = tasks.pick(test, cfg.ask)
+        asked = tasks.pick(test, cfg.ask)  # the question of --ask, or some of test
         tasks.print_answers(asked, answer(model, asked, tokenizer, cfg))
 
 

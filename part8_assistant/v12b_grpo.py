@@ -2,20 +2,19 @@
 
 Fine-tuning imitates. Half of the demonstrations of a sum give the answer at once, half work it out
 first. The model does one or the other; when it answers at once, it's mostly wrong. From here on,
-nobody shows it answers. It draws several to each question. A checker rewards those with the right
-number with 1, the others with 0. Answers with more than their question's average reward become more
-likely:
+it is shown no answers. For each question, it draws several of its own. A checker gives those with
+the right number a reward of 1, and the others 0. Answers with more than the average reward of their
+question become more likely:
 
     advantage = reward - mean reward of the answers to the same question
     loss      = -1/n * sum of advantage * ln p(t | tokens before t), over the n tokens t of answers
 
 That is v12a's loss with the model's own answers, each with a weight that may be negative. Nobody
-rewards working a sum out; it wins because it's right more often. It is group-relative policy
-optimisation (Shao et al. 2024, section 4.1), except that the paper also divides each advantage by
-the standard deviation of its group, and takes the mean over the tokens of each answer first, then
-that over the answers. Two of its parts aren't needed here: clipping is for several updates with the
-same answers, and a penalty for moving away from the fine-tuned model, for rewards that can be
-cheated.
+rewards working a sum out; it wins because it's right more often. The method is group-relative
+policy optimisation (Shao et al. 2024, section 4.1). The paper also divides each advantage by the
+standard deviation of its group, and takes the mean over the tokens of each answer, then the mean of
+these. Two of its parts aren't needed here: clipping, which is for several updates with the same
+answers, and a penalty for moving away from the fine-tuned model, in case rewards can be cheated.
 
 New here: advantages_of, grpo_step, and the settings from --sft_iters on.
 Run it:   python part8_assistant/v12b_grpo.py
@@ -92,7 +91,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"  # for its checkpoints
+    name = "chat"  # as a checkpoint says it
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -563,13 +562,13 @@ def train(
     with tqdm(total=cfg.max_iters, initial=first_step, desc="training") as bar:
         for step in range(first_step, cfg.max_iters + 1):  # the last round only estimates the loss
             if step % cfg.eval_interval == 0 or step == cfg.max_iters:
-                speed = stopwatch.stop() + answers.sampling_speed()  # two pieces of text
+                speed = stopwatch.stop() + answers.sampling_speed()  # of training and of drawing
                 train_loss = estimate_loss(model, train_data, cfg)
                 if not math.isfinite(train_loss):
                     raise data.InputError("the loss is not finite; try a smaller --learning_rate")
                 replies = answer(model, test, tokenizer, cfg)
                 wrong = tasks.share_wrong(test, replies)
-                run.save(checkpoint(model, optimizer, step), train_loss, wrong)
+                run.save(checkpoint(model, optimizer, step), train_loss, wrong)  # best: least wrong
                 tqdm.write(f"step {step}: train loss {train_loss:.4f}, wrong {wrong:.4f}{speed}")
                 tqdm.write(f"{tasks.describe(test, replies)}, {tasks.describe_style(replies)}")
                 stopwatch.start()
@@ -596,7 +595,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
+        text, lessons, test = tasks.load_conversations(cfg)  # the words asked about are in text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -610,7 +609,7 @@ def main(argv: list[str] | None = None) -> None:
             sizes = f"{len(train_data):,} for training, {len(test):,} for validation"
             print(f"conversations: {sizes}", file=sys.stderr)
             with run:  # in here, Ctrl-C only asks train to stop
-                # Reinforcement needs answers drawn from the model's own probabilities.
+                # Here, answers are drawn from the model's own probabilities, in estimates, too.
                 plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
                 train(model, train_data, lessons, test, tokenizer, plain, run)
         best = saved if cfg.sample_only else run.best()
@@ -618,7 +617,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
-        asked = tasks.pick(test, cfg.ask)
+        asked = tasks.pick(test, cfg.ask)  # the question of --ask, or some of test
         tasks.print_answers(asked, answer(model, asked, tokenizer, cfg))
 
 

@@ -9,17 +9,17 @@ reference. An answer's gain is how much more likely the model finds it than the 
     gain(answer) = ln p(answer) - ln p_reference(answer)
     loss         = mean over the pairs of -ln sigmoid(beta * (gain(better) - gain(worse)))
 
-This loss has the same optimum as reinforcement learning with a reward that fits the pairs, minus a
-penalty: beta times the KL divergence, a distance from the reference (section 4 and appendix A.1 of
-the paper). It falls if the better answer becomes more likely, but also if both become less likely
-and the worse one faster. A small beta allows much of that. So look at the gains in the log, and not
-at the loss alone.
+This loss has the same optimum as reinforcement learning with a reward that fits the pairs and that
+is reduced by beta times the KL divergence, a measure of how far the model is from the reference
+(section 4 and appendix A.1 of the paper). The loss falls if the better answer becomes more likely,
+but also if both become less likely, and the worse one becomes so faster. A small beta allows much
+of that. So look at the gains in the log, and not at the loss alone.
 
 New here: draw_pairs, Preference, and the settings beta and n_questions.
-Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # fine-tuning
+Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # only fine-tunes
           python part8_assistant/v12c_dpo.py --base out/sums
-Expect:   93% to 96% of the answers to unseen sums are right; before, about half, or more. With
-          --beta 0.1 --learning_rate 1e-4, they rise, then fall, while the loss only falls.
+Expect:   93% to 96% of the answers to unseen sums are right, where it starts at about half or more.
+          With --beta 0.1 --learning_rate 1e-4, that share rises, then falls; the loss only falls.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
@@ -91,7 +91,7 @@ SIZES = ["n_embd", "n_head", "n_layer", "n_kv_head"]  # a run that is resumed mu
 class ChatTokenizer(data.CharTokenizer):
     """Characters, and three special tokens: no text is encoded as one of them."""
 
-    name = "chat"  # for its checkpoints
+    name = "chat"  # as a checkpoint says it
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -582,7 +582,7 @@ def main(argv: list[str] | None = None) -> None:
         cfg = replace(cfg, dtype=choose_dtype(cfg))  # no longer "auto"
         torch.manual_seed(cfg.seed)
 
-        text, lessons, test = tasks.load_conversations(cfg)  # conversations, with words of text
+        text, lessons, test = tasks.load_conversations(cfg)  # the words asked about are in text
         tokenizer = ChatTokenizer(saved.get("characters", tasks.alphabet(text, lessons + test)))
 
         model = LanguageModel(cfg, tokenizer.n_vocab).to(cfg.device)
@@ -592,7 +592,7 @@ def main(argv: list[str] | None = None) -> None:
             run = runs.Run(cfg, __file__, tokenizer, text, saved)  # a folder and its files
             if not cfg.base:
                 raise data.InputError("--base: missing; name a run of v12a_sft.py --task sums")
-            checkpoints.load_base(model, tokenizer, cfg, SIZES)  # to resume, too: as the reference
+            checkpoints.load_base(model, tokenizer, cfg, SIZES)  # the reference, also with --resume
             reference = copy.deepcopy(model).requires_grad_(False)
             plain = replace(cfg, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0)
             chats = draw_pairs(reference, lessons, tokenizer, plain)
@@ -608,7 +608,7 @@ def main(argv: list[str] | None = None) -> None:
 
         print(f"sampling with the weights after step {best['step']}", file=sys.stderr)
         torch.manual_seed(cfg.seed)  # so that --sample_only repeats this sample
-        asked = tasks.pick(test, cfg.ask)
+        asked = tasks.pick(test, cfg.ask)  # the question of --ask, or some of test
         tasks.print_answers(asked, answer(model, asked, tokenizer, cfg))
 
 
