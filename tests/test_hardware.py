@@ -19,14 +19,15 @@ from support import hardware
     ],
 )
 def test_a_cpu_supports_bfloat16_if_it_has_the_instructions(monkeypatch, capabilities, expected):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    # raising=False: PyTorch up to 2.9 has no such function.
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: not expected)
     assert hardware.supports_bfloat16("cpu") is expected
     assert hardware.supports_bfloat16("cpu:0") is expected
 
 
 def test_a_pytorch_that_can_not_tell_has_no_bfloat16_on_the_cpu(monkeypatch):
-    monkeypatch.delattr(torch.cpu, "get_capabilities")
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert hardware.supports_bfloat16("cpu") is False
 
 
@@ -45,7 +46,7 @@ def test_a_gpu_that_only_emulates_bfloat16_does_not_support_it(monkeypatch, devi
 
 def test_other_devices_do_not_support_bfloat16(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True})
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": True}, raising=False)
     assert hardware.supports_bfloat16("mps") is False
     assert hardware.supports_bfloat16("meta") is False
 
