@@ -119,7 +119,7 @@ class BPETokenizer:
 class GPT1Tokenizer:
     """GPT-1's tokens, or those of another tokenizer.json, with the methods of CharTokenizer."""
 
-    name = "file"  # as a checkpoint says it: the tokens are from a tokenizer.json
+    name = "file"  # checkpoints store it, and with it the text of the tokenizer.json
 
     def __init__(self, content: dict) -> None:
         """content: a dict with "json" (a tokenizer.json's text), "n_vocab" and "end_of_text"."""
@@ -130,7 +130,7 @@ class GPT1Tokenizer:
         self.end_of_text = content["end_of_text"]  # GPT-1 has none
 
     def encode(self, text: str, flag: str = "--prompt") -> list[int]:
-        """Text to token ids. White space alone has none, so it becomes [0], GPT-1's <unk>."""
+        """Text to token ids; [0], which is <unk> in GPT-1, if there are none, as for spaces."""
         ids = self.tokenizer.encode(text).ids
         return ids if ids else [0]
 

@@ -636,7 +636,7 @@ def read_settings(argv: list[str] | None) -> tuple[Config, dict, dict]:
     model_files.check_export(cfg.export)
     folder = llama_files.find_folder(cfg.init_from)  # downloads a repository, if it isn't there
     released = llama_files.read_config(folder)  # settings, tokenizer, folder and dtype
-    # The chat template, which must accept the system message, and settings for sampling.
+    # Add the chat template and settings for sampling; a template may refuse --system.
     released.update(chat.read_defaults(released, cfg.system))
     released["sample_only"] = True  # unless --no-sample_only says otherwise
     # The settings in released and FINE_TUNING become the defaults; no flag can change SIZES.
@@ -681,7 +681,7 @@ def common_length(old: list[int], new: list[int]) -> int:
 
 
 class Conversation:
-    """Messages, and caches with the keys and values of what the model has read of them."""
+    """The messages so far, and caches with keys and values of the tokens that were read."""
 
     def __init__(
         self, model: LanguageModel, chat_tokenizer: chat.ChatTokenizer, cfg: Config
@@ -701,7 +701,7 @@ class Conversation:
         n_kept = common_length(self.ids, ids[:-1])
         for cache in self.caches:
             cache.length = n_kept  # append overwrites the rest
-        # If Ctrl-C interrupts the model, these are all that every cache has.
+        # If Ctrl-C interrupts the model, only some caches have the new tokens; all have these.
         self.ids = ids[:n_kept]
         idx = torch.tensor([ids[n_kept:]], device=self.cfg.device)  # (1, T)
         logits, _ = self.model(idx, caches=self.caches)  # (1, T, V)
