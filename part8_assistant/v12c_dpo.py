@@ -19,7 +19,7 @@ New here: draw_pairs, Preference, and the settings beta and n_questions.
 Run it:   python part8_assistant/v12b_grpo.py --max_iters 1500 --out_dir out/sums  # only fine-tunes
           python part8_assistant/v12c_dpo.py --base out/sums
 Expect:   93% to 96% of the answers to unseen sums are right, where it starts at about half or more.
-          With --beta 0.1 --learning_rate 1e-4, that share rises, then falls; the loss only falls.
+          With --beta 0.1, 38% to 75% at the end, although the loss falls all the time.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12c_dpo.py
 """
 
