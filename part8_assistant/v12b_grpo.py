@@ -20,7 +20,7 @@ New here: advantages_of, grpo_step, and the settings from --sft_iters on.
 Run it:   python part8_assistant/v12b_grpo.py
           python part8_assistant/v12b_grpo.py --base out/sums   # a run of v12a --task sums
 Expect:   after step 1500, 50% to 82% of the answers to unseen sums are right; after step 1800,
-          about 97%.
+          97% to 98%.
 Diff:     git diff --no-index part8_assistant/v12a_sft.py part8_assistant/v12b_grpo.py
 """
 
